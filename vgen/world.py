@@ -1,0 +1,390 @@
+"""The world: short captioned clips of coloured objects and a teddy bear, drawn from formulas.
+
+It is what the demo checkpoints are trained on and what they are measured with (`vgen.world_check` reads the
+attributes back from pixels). Everything is a pure function of its arguments: same seed and index, same bits.
+
+Lengths are in units of the shorter side of the frame, with the origin at its centre, x to the right and y down.
+Time u runs from 0 to 1 over the motion. Up to 17 frames, a frame lasts 1/16, so that fewer show the beginning;
+more frames show the same motion in finer steps.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Variety = Literal["plain", "full"]
+Split = Literal["train", "held-out"]
+RGB = tuple[int, int, int]
+
+COLOURS: dict[str, RGB] = {
+    "red": (222, 40, 44),
+    "green": (44, 178, 70),
+    "blue": (44, 92, 232),
+    "yellow": (248, 208, 40),
+    "purple": (168, 56, 200),
+}
+BROWN: RGB = (150, 92, 48)  # the teddy bear, and nothing else
+OBJECTS = ("ball", "box", "triangle", "star", "teddy bear")
+PLAIN_MOTIONS = (
+    "standing still",
+    "moving left",
+    "moving right",
+    "rising",
+    "falling",
+    "growing",
+    "shrinking",
+    "skating",
+)
+MOTIONS = (*PLAIN_MOTIONS, "bouncing", "spinning")
+BACKGROUNDS = ("dark", "light", "ice", "textured")
+CAMERAS = ("static", "pan left", "pan right", "tilt up", "tilt down", "zoom in", "zoom out")
+
+FRAMES = 17  # that show the whole motion at its natural speed
+GROWTH = 1.7  # how many times larger a growing object becomes
+ZOOM = 1.35  # how many times larger a zoom makes everything
+PAN = 0.24  # how far the camera travels
+SPIN = math.pi  # how far a spinning object turns
+SWAY = 0.2  # how far a skating bear leans to either side, in radians
+SWAYS = 1.5  # how often it does so
+HORIZON = -0.04  # where the ice begins
+REACH = 1.22  # the farthest point of any object, in units of half its size
+
+CREAM, INK, STEEL = (238, 208, 160), (38, 26, 22), (70, 74, 86)
+DIRECTIONS = {"moving left": (-1, 0), "moving right": (1, 0), "rising": (0, -1), "falling": (0, 1), "skating": (1, 0)}
+PATHS = {"pan left": (-1, 0), "pan right": (1, 0), "tilt up": (0, -1), "tilt down": (0, 1)}
+TEMPLATES = (
+    "a {thing} {motion}",
+    "a {thing} {motion} {place}",
+    "the {thing} is {motion}",
+    "the {thing} is {motion} {place}",
+    "there is a {thing} {motion}",
+    "{place} a {thing} is {motion}",
+)
+TEMPLATE_DRAWS = (0, 0, 1, 1, 2, 3, 4, 5)  # the two plain forms are the commonest
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What a clip shows. `x`, `y` are the object's place at u = 0 with the camera at rest; see `path`."""
+
+    colour: str
+    object: str
+    motion: str
+    background: str
+    camera: str
+    x: float
+    y: float
+    size: float  # diameter, at u = 0.5 for one that grows or shrinks
+    travel: float  # how far it moves, or hops
+    phase: float  # 0 to 1: of the sway, the hop and the texture
+    tone: float  # -1 to 1: how light the background is among its kind
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A caption, the attributes that it states, and a scene it is true of."""
+
+    text: str
+    stated: dict[str, str]
+    scene: Scene
+
+
+def held_out(colour: str, object: str, motion: str) -> bool:
+    """Whether no training clip shows this triple: for each colour and object, one motion of seven.
+
+    Every pair of two attributes stays in the training clips. The bear, which has one colour, holds nothing out.
+    """
+    if object == "teddy bear" or motion not in PLAIN_MOTIONS or motion == "skating":
+        return False
+    place = list(COLOURS).index(colour) + 2 * OBJECTS.index(object)
+    return PLAIN_MOTIONS.index(motion) == place % (len(PLAIN_MOTIONS) - 1)
+
+
+def _pick(rng: random.Random, options: list[str] | tuple[str, ...]) -> str:
+    return options[int(rng.random() * len(options))]
+
+
+def _triple(rng: random.Random, variety: Variety, split: Split) -> tuple[str, str, str]:
+    """Colour, object and motion: one clip in eight skates, and about one in four shows the bear."""
+    motions = [m for m in (MOTIONS if variety == "full" else PLAIN_MOTIONS) if m != "skating"]
+    if split == "held-out":
+        colour, thing = _pick(rng, tuple(COLOURS)), _pick(rng, OBJECTS[:4])
+        return colour, thing, next(m for m in motions if held_out(colour, thing, m))
+    if rng.random() < 1 / 8:
+        return "brown", "teddy bear", "skating"
+    motion = _pick(rng, motions)
+    if rng.random() < 1 / 8:
+        return "brown", "teddy bear", motion
+    thing = _pick(rng, [o for o in OBJECTS[:4] if not (o == "ball" and motion == "spinning")])  # unseen on a ball
+    return _pick(rng, [c for c in COLOURS if not held_out(c, thing, motion)]), thing, motion
+
+
+def _stage(rng: random.Random, motion: str, variety: Variety) -> tuple[str, str]:
+    """Background and camera. The camera moves only over a texture, where that can be seen."""
+    if motion == "skating":
+        return "ice", "static"
+    if variety == "plain" or rng.random() < 0.4:
+        return _pick(rng, ("dark", "light")), "static"
+    return "textured", _pick(rng, CAMERAS)
+
+
+def scene(seed: int, index: int, *, variety: Variety = "plain", split: Split = "train") -> Scene:
+    """The scene of that number. Pure; `split` says on which side of `held_out` its triple lies."""
+    rng = random.Random(f"scene/{seed}/{index}/{variety}/{split}")
+    colour, thing, motion = _triple(rng, variety, split)
+    background, camera = _stage(rng, motion, variety)
+    still = camera == "static"
+    size = rng.uniform(0.38, 0.5) if still else rng.uniform(0.36, 0.42)
+    travel = rng.uniform(0.3, 0.4) if still else rng.uniform(0.24, 0.28)
+    if motion == "bouncing":
+        travel *= 0.4
+    elif motion == "skating":
+        size = rng.uniform(0.46, 0.54)
+    elif motion in ("growing", "shrinking"):
+        size *= 0.88
+    numbers = {"size": size, "travel": travel, "phase": rng.random(), "tone": rng.uniform(-1, 1)}
+    draft = Scene(colour, thing, motion, background, camera, x=0.0, y=0.0, **numbers)
+    x, y = _room(draft, rng.random(), rng.random())
+    return Scene(colour, thing, motion, background, camera, x=x, y=y, **numbers)
+
+
+def _room(draft: Scene, across: float, down: float) -> tuple[float, float]:
+    """A start from which the whole way stays inside the frame; `across` and `down`, 0 to 1, choose among them."""
+    u = torch.linspace(0, 1, 17)
+    x, y, size, _ = path(draft, u)
+    zoom, _, _ = camera_path(draft.camera, u)
+    free = (0.5 - size / 2 * REACH).clamp(min=0)
+    spots = []
+    for way, chosen in ((x, across), (y, down)):
+        low, high = ((-free - way) / zoom).max().item(), ((free - way) / zoom).min().item()
+        spots.append(low + chosen * (high - low) if low < high else (low + high) / 2)
+    if draft.motion == "skating":
+        spots[1] = 0.06 + 0.08 * down  # feet on the ice
+    return spots[0], spots[1]
+
+
+def camera_path(camera: str, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Zoom (a factor) and the place (x, y) of a camera over time `u` (T,), all (T,)."""
+    sense = {"zoom in": 1.0, "zoom out": -1.0}.get(camera, 0.0)
+    dx, dy = PATHS.get(camera, (0, 0))
+    return ZOOM ** (sense * (u - 0.5)), dx * PAN * u, dy * PAN * u
+
+
+def path(scene: Scene, u: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Where the object is in the frame over time `u` (T,): x, y, size and its turn in radians, all (T,)."""
+    dx, dy = DIRECTIONS.get(scene.motion, (0, 0))
+    x, y = scene.x + dx * scene.travel * u, scene.y + dy * scene.travel * u
+    size, turn = torch.full_like(u, scene.size), torch.zeros_like(u)
+    if scene.motion in ("growing", "shrinking"):
+        size = size * GROWTH ** ((u - 0.5) * (1 if scene.motion == "growing" else -1))
+    elif scene.motion == "bouncing":
+        y = y - scene.travel * (math.pi * (1.5 * u + scene.phase)).sin().abs()
+    elif scene.motion == "spinning":
+        turn = SPIN * u
+    elif scene.motion == "skating":
+        turn = SWAY * _stride(scene, u)
+    zoom, at_x, at_y = camera_path(scene.camera, u)
+    return (x - at_x) * zoom, (y - at_y) * zoom, size * zoom, turn
+
+
+def _stride(scene: Scene, u: Tensor) -> Tensor:
+    """The stride of a skater, -1 (weight on its left) to 1."""
+    return (2 * math.pi * (SWAYS * u + scene.phase)).sin()
+
+
+def _rgb(colour: RGB) -> Tensor:
+    return torch.tensor(colour, dtype=torch.float32).view(3, 1, 1, 1) / 255
+
+
+def _ellipse(x: Tensor, y: Tensor, cx: float | Tensor, cy: float | Tensor, rx: float, ry: float) -> Tensor:
+    """Signed distance to an ellipse, negative inside; exact only for circles, near enough at the edge."""
+    return (((x - cx) / rx).square() + ((y - cy) / ry).square()).sqrt().sub(1).mul(min(rx, ry))
+
+
+def _union(*shapes: Tensor) -> Tensor:
+    joined = shapes[0]
+    for shape in shapes[1:]:
+        joined = torch.minimum(joined, shape)
+    return joined
+
+
+def _star(x: Tensor, y: Tensor, outer: float = 1.18, inner: float = 0.6) -> Tensor:
+    """Signed distance to the edges of a five-pointed star, folded into one half of one point."""
+    step = math.pi / 5
+    angle = ((torch.atan2(x, -y) + step).remainder(2 * step) - step).abs()
+    far = x.hypot(y)
+    ex, ey = inner * math.cos(step) - outer, inner * math.sin(step)
+    length = math.hypot(ex, ey)
+    return ((far * angle.cos() - outer) * ey - far * angle.sin() * ex) / length
+
+
+def _outline(thing: str, x: Tensor, y: Tensor) -> Tensor:
+    """Signed distance to an object of radius about 1 at the origin, upright."""
+    if thing == "ball":
+        return x.hypot(y) - 1
+    if thing == "box":
+        return torch.maximum(x.abs(), y.abs()) - 0.86
+    if thing == "triangle":
+        return torch.maximum(y, math.sqrt(0.75) * x.abs() - 0.5 * y) - 0.6
+    return _star(x, y)
+
+
+def _bear(x: Tensor, y: Tensor, stride: Tensor | None) -> list[tuple[Tensor, RGB]]:
+    """The layers of the teddy bear from the back to the front: signed distance and colour.
+
+    `stride` (T, 1, 1) moves its legs and puts skates under them; None lets it stand.
+    """
+    side = x.abs()
+    layers: list[tuple[Tensor, RGB]] = []
+    if stride is None:
+        legs = _ellipse(side, y, 0.34, 0.86, 0.27, 0.25)
+        soles = _ellipse(side, y, 0.36, 0.9, 0.13, 0.12)
+    else:
+        left, right = stride.clamp(min=0), (-stride).clamp(min=0)
+        feet = ((-0.3 - 0.22 * left, 0.84 - 0.1 * left), (0.3 + 0.22 * right, 0.84 - 0.1 * right))
+        legs = _union(*(_ellipse(x, y, fx, fy, 0.24, 0.24) for fx, fy in feet))
+        blades = _union(*(torch.maximum((x - fx - 0.05).abs() - 0.32, (y - fy - 0.27).abs() - 0.05) for fx, fy in feet))
+        layers.append((blades, STEEL))
+        soles = torch.full_like(x, 9.0)
+    ears = _ellipse(side, y, 0.5, -0.84, 0.25, 0.25)
+    head = _ellipse(x, y, 0.0, -0.44, 0.68, 0.56)
+    body = _ellipse(x, y, 0.0, 0.4, 0.54, 0.56)
+    arms = _ellipse(side, y, 0.6, 0.3, 0.2, 0.27)
+    layers.append((_union(ears, head, body, arms, legs), BROWN))
+    belly, muzzle = _ellipse(x, y, 0.0, 0.44, 0.33, 0.36), _ellipse(x, y, 0.0, -0.24, 0.32, 0.23)
+    inner = _ellipse(side, y, 0.5, -0.84, 0.13, 0.13)
+    layers.append((_union(belly, muzzle, inner, soles), CREAM))
+    eyes, nose = _ellipse(side, y, 0.27, -0.52, 0.09, 0.1), _ellipse(x, y, 0.0, -0.33, 0.13, 0.09)
+    layers.append((_union(eyes, nose), INK))
+    return layers
+
+
+def _paint(scene: Scene, x: Tensor, y: Tensor, sharp: Tensor, stride: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Colour (3, T, H, W) of the object in its own frame, and how much each pixel is covered (T, H, W).
+
+    `sharp` (T, 1, 1) is how many pixels half its size takes: edges are one pixel soft.
+    """
+    if scene.object == "teddy bear":
+        layers = _bear(x, y, stride)
+    else:
+        layers = [(_outline(scene.object, x, y), COLOURS[scene.colour])]
+    colour, cover = _rgb(layers[0][1]), (0.5 - layers[0][0] * sharp).clamp(0, 1)
+    for distance, rgb in layers[1:]:
+        alpha = (0.5 - distance * sharp).clamp(0, 1)
+        colour = torch.lerp(colour.expand(3, *x.shape), _rgb(rgb).expand(3, *x.shape), alpha.expand(3, *x.shape))
+        cover = torch.maximum(cover, alpha)
+    shade = 1 - 0.13 * (x + y).clamp(-1, 1)
+    gleam = 0.5 if scene.object == "ball" else 0.22
+    spot = gleam * (-((x + 0.36).square() + (y + 0.42).square()) / 0.1).exp()
+    return torch.lerp((colour * shade).clamp(0, 1), torch.ones(()), spot), cover
+
+
+def _backdrop(scene: Scene, x: Tensor, y: Tensor, unit: int) -> Tensor:
+    """Colour of the background (3, 1 or T, H, W) at places (T or 1, H, W) of the world."""
+    if scene.background == "textured":
+        grain = torch.zeros_like(x)
+        for k in range(3):
+            angle = math.pi * (scene.phase + k / 3 + 0.05 * scene.tone)
+            wave = 2 * math.pi * (2.2 + 0.9 * ((k + scene.phase * 3) % 3))
+            grain = grain + (wave * (x * math.cos(angle) + y * math.sin(angle)) + 40 * scene.phase * (k + 1)).sin()
+        return _rgb((128, 132, 140)) + 0.07 * grain + 0.03 * scene.tone
+    if scene.background == "ice":
+        floor = (0.5 + (y - HORIZON) * unit).clamp(0, 1)
+        air = _rgb((92, 102, 118)) + 0.03 * scene.tone - 0.12 * (y + 0.5)
+        ice = _rgb((196, 212, 224)) + 0.02 * scene.tone + 0.1 * y
+        return torch.lerp(air, ice, floor.expand_as(ice))
+    base = _rgb((30, 32, 40)) if scene.background == "dark" else _rgb((218, 221, 228))
+    return base + 0.035 * scene.tone + 0.05 * y.clamp(-0.5, 0.5)
+
+
+def render(scene: Scene, num_frames: int = FRAMES, height: int = 64, width: int = 64) -> tuple[Tensor, Tensor]:
+    """Draw a scene: pixels (3, T, H, W) in [-1, 1] and how much the object covers them (T, H, W) in [0, 1]."""
+    unit = min(height, width)
+    u = torch.arange(num_frames) / max(FRAMES - 1, num_frames - 1)
+    px = ((torch.arange(width) + 0.5 - width / 2) / unit).view(1, 1, width)
+    py = ((torch.arange(height) + 0.5 - height / 2) / unit).view(1, height, 1)
+    at_x, at_y, size, turn = (v.view(-1, 1, 1) for v in path(scene, u))
+    half, cos, sin = size / 2, turn.cos(), turn.sin()
+    dx, dy = (px - at_x) / half, (py - at_y) / half
+    stride = _stride(scene, u).view(-1, 1, 1) if scene.motion == "skating" else None
+    front, cover = _paint(scene, dx * cos + dy * sin, dy * cos - dx * sin, half * unit, stride)
+    if scene.camera == "static":
+        back = _backdrop(scene, px + 0 * py, py + 0 * px, unit)
+    else:
+        zoom, cam_x, cam_y = (v.view(-1, 1, 1) for v in camera_path(scene.camera, u))
+        back = _backdrop(scene, px / zoom + cam_x + 0 * py, py / zoom + cam_y + 0 * px, unit)
+    if scene.background == "ice":
+        back = back * (1 - 0.3 * (0.5 - 2 * _ellipse(dx, dy, 0.0, 1.12, 0.75, 0.12)).clamp(0, 1))  # its shadow
+    pixels = torch.lerp(back.expand_as(front), front, cover.expand_as(front))
+    return pixels.clamp(0, 1) * 2 - 1, cover
+
+
+def _place(background: str) -> str:
+    return "on ice" if background == "ice" else f"on a {background} background"
+
+
+def caption(scene: Scene, template: int = 0) -> str:
+    """What a clip shows, in at most 14 lower-case words; TEMPLATES[template] says how.
+
+    A camera that moves is always stated, one that does not never, and neither is the colour of the bear.
+    """
+    thing = scene.object if scene.object == "teddy bear" else f"{scene.colour} {scene.object}"
+    text = TEMPLATES[template].format(thing=thing, motion=scene.motion, place=_place(scene.background))
+    if scene.camera == "static":
+        return text
+    verb, way = scene.camera.split()
+    return f"{text}, camera {verb}s {way}"
+
+
+def stated(scene: Scene, template: int = 0) -> dict[str, str]:
+    """The attributes that `caption` states, by name."""
+    told = {"object": scene.object, "motion": scene.motion}
+    if scene.object != "teddy bear":
+        told["colour"] = scene.colour
+    if "{place}" in TEMPLATES[template]:
+        told["background"] = scene.background
+    if scene.camera != "static":
+        told["camera"] = scene.camera
+    return told
+
+
+def _template(seed: int, index: int) -> int:
+    return TEMPLATE_DRAWS[int(random.Random(f"caption/{seed}/{index}").random() * len(TEMPLATE_DRAWS))]
+
+
+def clip(
+    seed: int,
+    index: int,
+    num_frames: int = FRAMES,
+    height: int = 64,
+    width: int = 64,
+    *,
+    variety: Variety = "plain",
+    split: Split = "train",
+) -> tuple[Tensor, Tensor, str, Scene]:
+    """The clip of that number: pixels and cover as of `render`, its caption, its scene."""
+    drawn = scene(seed, index, variety=variety, split=split)
+    return *render(drawn, num_frames, height, width), caption(drawn, _template(seed, index)), drawn
+
+
+def prompts(count: int, seed: int = 0, *, variety: Variety = "plain", split: Split = "held-out") -> list[Prompt]:
+    """The first `count` prompts of that seed."""
+    made = []
+    for index in range(count):
+        drawn, template = scene(seed, index, variety=variety, split=split), _template(seed, index)
+        made.append(Prompt(caption(drawn, template), stated(drawn, template), drawn))
+    return made
+
+
+def words() -> tuple[str, ...]:
+    """Every word that a caption can contain, sorted."""
+    cameras = [f"camera {verb}s {way}" for verb, way in (c.split() for c in CAMERAS[1:])]
+    frames = [t.format(thing="", motion="", place="") for t in TEMPLATES]
+    texts = [*frames, *COLOURS, *OBJECTS, *MOTIONS, *(_place(b) for b in BACKGROUNDS), *cameras]
+    return tuple(sorted({word for text in texts for word in text.split()}))
