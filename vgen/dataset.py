@@ -1,0 +1,89 @@
+"""Training batches as a pure function of (seed, step), so that every resume sees the same data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+from vgen.errors import VgenError
+from vgen.machine import seeded
+
+Item = TypeVar("Item")
+Batch = dict[str, Any]
+
+
+class Batches(Generic[Item]):
+    """Which items make up each batch. Items of one group (one shape) are batched together.
+
+    In every epoch each group is shuffled and cut into batches, the last of which is filled up from the group's
+    start, and then the batches of all groups are shuffled: `of(step)` depends on the seed and the step alone.
+    """
+
+    def __init__(self, groups: Mapping[Hashable, Sequence[Item]], size: int, seed: int) -> None:
+        self.groups = [list(group) for group in groups.values() if group]
+        if not self.groups:
+            raise VgenError("There is nothing to train on: no clip was found.", "Check --data.")
+        self.size, self.seed = size, seed
+        self.epoch = lru_cache(maxsize=2)(self._epoch)
+
+    @property
+    def per_epoch(self) -> int:
+        """Batches in one pass over the data."""
+        return sum(-(-len(group) // self.size) for group in self.groups)
+
+    def _epoch(self, epoch: int) -> list[list[Item]]:
+        batches = []
+        for g, group in enumerate(self.groups):
+            order = torch.randperm(len(group), generator=seeded(self.seed, "order", epoch, g)).tolist()
+            for start in range(0, len(group), self.size):
+                batches.append([group[order[(start + k) % len(group)]] for k in range(self.size)])
+        mixed = torch.randperm(len(batches), generator=seeded(self.seed, "mix", epoch)).tolist()
+        return [batches[i] for i in mixed]
+
+    def of(self, step: int) -> list[Item]:
+        """The items of batch number `step`, counted from the start of training."""
+        epoch, i = divmod(step, self.per_epoch)
+        return self.epoch(epoch)[i]
+
+
+def ahead(make: Callable[[int], Batch], steps: range) -> Iterator[Batch]:
+    """make(step) for every step, each one prepared by a thread while the one before is used."""
+    with ThreadPoolExecutor(1) as worker:
+        waiting = worker.submit(make, steps[0]) if steps else None
+        for step in steps:
+            assert waiting is not None
+            ready = waiting.result()
+            waiting = worker.submit(make, step + 1) if step + 1 in steps else None
+            yield ready
+
+
+def choose(captions: Sequence[str], dropout: float, generator: torch.Generator) -> str:
+    """One caption of a clip by a seeded draw; none, the empty text, with probability `dropout`."""
+    u, v = torch.rand(2, generator=generator).tolist()
+    return "" if u < dropout or not captions else captions[int(v * len(captions))]
+
+
+def stack(tensors: Sequence[Tensor]) -> Tensor:
+    """Clips of one shape to a batch, float32."""
+    return torch.stack([t.float() for t in tensors])
+
+
+def pixel_batches(items: Sequence[Any], size: tuple[int, int, int], batch_size: int, seed: int) -> Callable[[int], Batch]:
+    """Batches of pixels (B, 3, T, H, W) in [-1, 1] of `size` (T, H, W), read from clips when they are needed."""
+    from vgen.clips import load
+
+    batches = Batches({size: items}, batch_size, seed)
+
+    def make(step: int) -> Batch:
+        chosen = batches.of(step)
+        return {
+            "pixels": stack([load(item, *size, fps=None)[0] for item in chosen]),
+            "keys": [str(item.path) for item in chosen],
+        }
+
+    return make

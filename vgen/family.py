@@ -1,0 +1,244 @@
+"""A family of models as a value, its checkpoints, and the contract of the model that its card loads.
+
+Nothing here imports torch: help, completion, `families` and `--dry-run` read cards and never a weight.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, fields, replace
+from functools import cache
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+
+from vgen.errors import UsageError, VgenError, did_you_mean
+from vgen.options import RunOptions, flag
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from vgen.diffusion import Process
+    from vgen.latents import Space
+
+GROUP = "vgen.families"
+O = TypeVar("O", bound=RunOptions)
+VERBS = ("encode", "train-lora", "finetune", "sample", "interpolate", "upscale")
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Valid values of a size or a length: `step` * k + `offset`, from `low` to `high`."""
+
+    step: int = 1
+    offset: int = 0
+    low: int = 1
+    high: int | None = None
+
+    def nearest(self, value: int) -> tuple[int, ...]:
+        """The valid values next to `value`: one below and one above, where they exist."""
+        below = (value - self.offset) // self.step * self.step + self.offset
+        lowest = -(-(self.low - self.offset) // self.step) * self.step + self.offset
+        pair = {max(below, lowest), max(below + self.step, lowest)}
+        return tuple(sorted(v for v in pair if self.high is None or v <= self.high))
+
+    def check(self, name: str, value: int) -> None:
+        """Refuse a value outside the rule. Raises UsageError that names the nearest valid ones."""
+        if self.low <= value and (self.high is None or value <= self.high) and (value - self.offset) % self.step == 0:
+            return
+        form = f"{self.step}k+{self.offset}" if self.offset else f"a multiple of {self.step}"
+        bound = f" from {self.low}" + (f" to {self.high}" if self.high else "") if self.low > 1 or self.high else ""
+        near = " or ".join(str(v) for v in self.nearest(value)) or str(self.high)
+        raise UsageError(f"{flag(name)} {value} is not {form}{bound}.", f"Nearest: {near}.")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One set of weights: where it lies, under which licence, and what it was made for.
+
+    `defaults` fills options left open; `rules` bounds them; `modes` says what it can start from
+    ("text", "image", "video"). `facts` holds what only the family reads.
+    """
+
+    tag: str
+    repo: str = ""
+    revision: str = "main"
+    license: str = ""
+    summary: str = ""
+    modes: tuple[str, ...] = ("text",)
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    rules: Mapping[str, Rule] = field(default_factory=dict)
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class PartCard:
+    """A network of a family that can be trained by itself, and what it is trained on."""
+
+    name: str
+    summary: str
+    trains_on: str = "latents"  # or "pixels"
+
+
+def _nothing(options: Any, checkpoint: Checkpoint) -> None:
+    """A family without rules of its own."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """The card of a family. `load` is "module:function", called as load(folder, checkpoint, options) -> Model."""
+
+    name: str
+    summary: str
+    paper: str
+    verbs: Mapping[str, type[RunOptions]]
+    load: str
+    checkpoints: tuple[Checkpoint, ...]
+    parts: tuple[PartCard, ...] = ()
+    demo: Path | None = None
+    default: str = ""
+    lora_targets: tuple[str, ...] = ()
+    check: Callable[[Any, Checkpoint], None] = _nothing
+    describe: Callable[[Path], Checkpoint] | None = None
+    examples: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+    def checkpoint(self, tag: str) -> Checkpoint:
+        """The checkpoint of that tag. Raises UsageError."""
+        for one in self.checkpoints:
+            if one.tag == tag:
+                return one
+        raise UsageError(
+            f"'{self.name}' has no checkpoint '{tag}'.", did_you_mean(tag, (c.tag for c in self.checkpoints))
+        )
+
+    def part(self, name: str) -> PartCard:
+        """The part of that name. Raises UsageError."""
+        for one in self.parts:
+            if one.name == name:
+                return one
+        raise UsageError(f"'{self.name}' has no part '{name}'.", did_you_mean(name, (p.name for p in self.parts)))
+
+    def options(self, verb: str) -> type[RunOptions]:
+        """The options of a verb. Raises UsageError where the family does not have it."""
+        if verb not in self.verbs:
+            have = ", ".join(self.verbs)
+            raise UsageError(f"'{self.name}' has no verb '{verb}'.", f"It has: {have}.")
+        return self.verbs[verb]
+
+    def loader(self) -> Callable[..., Model]:
+        """The function that loads the model. Imports torch."""
+        return fetch(self.load)
+
+
+class Part(Protocol):
+    """One network of a loaded model. `x_BCTHW` are its latents at the scale it was trained at."""
+
+    name: str
+    modules: Mapping[str, nn.Module]  # what trains, by the subfolder it is saved in
+
+    def loss(self, batch: Mapping[str, Any], generator: Any) -> Tensor:
+        """The training loss of one batch, a scalar. Most parts return `diffusion.loss`."""
+        ...
+
+
+class Denoiser(Part, Protocol):
+    """A part that diffuses."""
+
+    process: Process
+    output: str  # what predict means: "eps", "v", "x0" or "flow"
+    stream: str  # the stream of the latent file that it makes
+
+    def predict(self, x: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
+        """One call of the network, raw output, of the shape of x."""
+        ...
+
+
+class Model(Protocol):
+    """What the core asks of a loaded family. Pixels are (B, 3, T, H, W) in [-1, 1]."""
+
+    space: Space
+    parts: Mapping[str, Part]
+    base: tuple[str, ...]  # the denoisers that `sample` runs, in order
+
+    def encode(self, pixels: Tensor) -> dict[str, Tensor]:
+        """Pixels to streams, unscaled: the posterior's mean and logvar, or what the family stores."""
+        ...
+
+    def decode(self, streams: Mapping[str, Tensor]) -> Tensor:
+        """Streams, unscaled, to pixels."""
+        ...
+
+    def embed(self, texts: list[str]) -> list[dict[str, Tensor]]:
+        """Text embeddings, one dict of tensors for each text; empty for a family without text."""
+        ...
+
+
+@cache
+def _entries() -> dict[str, Any]:
+    """Names of the installed families and what loads each: entry points, then VGEN_FAMILIES="name=module:attr,..."."""
+    found: dict[str, Any] = {point.name: point.load for point in entry_points(group=GROUP)}
+    for pair in filter(None, os.environ.get("VGEN_FAMILIES", "").split(",")):
+        name, _, target = pair.partition("=")
+        found[name.strip()] = lambda target=target.strip(): fetch(target)
+    return dict(sorted(found.items()))
+
+
+def installed() -> tuple[str, ...]:
+    """Names of all families, whether they import or not. Instant."""
+    return tuple(_entries())
+
+
+@cache
+def family(name: str) -> Family:
+    """The card of a family. Raises UsageError for an unknown name, VgenError for a plugin that does not import."""
+    entries = _entries()
+    if name not in entries:
+        raise UsageError(f"No family '{name}'.", did_you_mean(name, entries))
+    try:
+        card = entries[name]()
+    except Exception as error:  # a stranger's plugin may fail in any way
+        reason = f"{type(error).__name__}: {error}"
+        raise VgenError(
+            f"The plugin '{name}' could not be imported: {reason}",
+            "Mend or uninstall the package that provides it; the other families work without it.",
+        ) from error
+    if not isinstance(card, Family):
+        raise VgenError(f"The plugin '{name}' gives a {type(card).__name__}, not a vgen.family.Family.")
+    return card
+
+
+def families() -> tuple[list[Family], list[VgenError]]:
+    """All cards that import, and the errors of those that do not."""
+    cards: list[Family] = []
+    broken: list[VgenError] = []
+    for name in installed():
+        try:
+            cards.append(family(name))
+        except VgenError as error:
+            broken.append(error)
+    return cards, broken
+
+
+def resolve(card: Family, options: O, checkpoint: Checkpoint) -> O:
+    """Fill open options from the checkpoint, and refuse what it cannot do. Raises UsageError."""
+    names = {f.name for f in fields(options)}
+    fill = {k: v for k, v in checkpoint.defaults.items() if k in names and getattr(options, k) is None}
+    full = replace(options, **fill)
+    for name, rule in checkpoint.rules.items():
+        if name in names and getattr(full, name) is not None:
+            rule.check(name, getattr(full, name))
+    card.check(full, checkpoint)
+    return full
+
+
+def fetch(target: str) -> Any:
+    """The object that "module:name" names."""
+    module, _, name = target.partition(":")
+    return getattr(importlib.import_module(module), name)
+
+
+def with_verb(cards: Iterable[Family], verb: str) -> list[str]:
+    """Names of the families that have a verb."""
+    return [card.name for card in cards if verb in card.verbs]

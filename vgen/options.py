@@ -1,0 +1,152 @@
+"""The options of the verbs: plain dataclasses from which flags, settings files and records are made.
+
+A field is declared with `opt` (a flag) or `arg` (a positional argument). `None` as a default means
+"what the checkpoint was made for"; `vgen.family.resolve` fills it in before anything is loaded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import Field, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal
+
+Device = str
+Dtype = Literal["auto", "fp32", "bf16", "fp16"]
+
+
+def opt(
+    default: Any,
+    *,
+    help: str,
+    short: str | None = None,
+    panel: str = "Options",
+    low: float | None = None,
+    high: float | None = None,
+    metavar: str | None = None,
+    positional: bool = False,
+) -> Any:
+    """A flag. `low` and `high` bound its value, `panel` groups it in the help page."""
+    told = {
+        "help": help,
+        "short": short,
+        "panel": panel,
+        "low": low,
+        "high": high,
+        "metavar": metavar,
+        "positional": positional,
+    }
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=told)
+    return field(default=default, metadata=told)
+
+
+def arg(default: Any, *, help: str, metavar: str | None = None) -> Any:
+    """A positional argument. A list takes any number of them."""
+    return opt(default, help=help, metavar=metavar, positional=True)
+
+
+def declared(options: type | object) -> Iterator[Field[Any]]:
+    """The fields of an options class that become flags or arguments, in order of declaration."""
+    return (f for f in fields(options) if "help" in f.metadata)  # type: ignore[arg-type]
+
+
+def flag(name: str) -> str:
+    """The flag of a field: num_frames -> --num-frames."""
+    return "--" + name.replace("_", "-")
+
+
+@dataclass(kw_only=True)
+class RunOptions:
+    """What every verb takes."""
+
+    checkpoint: str | None = opt(
+        None, help="family.tag, owner/repo[@revision][:subfolder], a folder, or 'demo'.", panel="Checkpoint"
+    )
+    output: Path | None = opt(None, short="-o", help="Where the result goes.", panel="Output")
+    overwrite: bool = opt(False, help="Replace the output if it exists.", panel="Output")
+    seed: int | None = opt(None, help="Seed of every random draw; drawn and printed when absent.", low=0)
+    device: Device = opt("auto", help="auto, cpu, cuda, cuda:1, mps ...", panel="Machine")
+    dtype: Dtype = opt("auto", help="Precision of the weights while they run.", panel="Machine")
+    threads: int | None = opt(None, help="CPU threads; all of them when absent.", low=1, panel="Machine")
+
+
+@dataclass(kw_only=True)
+class SampleOptions(RunOptions):
+    """Text (and whatever a family adds) to a clip."""
+
+    prompt: str = arg("", help="What the clip shows.")
+    negative_prompt: str = opt("", help="What the clip shall not show.")
+    num_frames: int | None = opt(None, short="-n", help="Frames to make.", low=1)
+    height: int | None = opt(None, help="Height in pixels.", low=1)
+    width: int | None = opt(None, help="Width in pixels.", low=1)
+    fps: float | None = opt(None, help="Frame rate of the written clip.", low=0.01)
+    num_inference_steps: int | None = opt(None, help="Denoising steps.", low=1)
+    guidance_scale: float | None = opt(None, help="Classifier-free guidance; 1 turns it off.", low=0.0)
+    num_videos_per_prompt: int = opt(1, help="Clips to make of each prompt.", low=1)
+    lora: list[str] = opt([], help="PATH[:SCALE], any number of times.", metavar="PATH[:SCALE]")
+    cpu_offload: bool = opt(False, help="Keep on the device only the network at work.", panel="Machine")
+    vae_slicing: bool = opt(False, help="Decode one clip at a time.", panel="Machine")
+    vae_tiling: bool = opt(False, help="Decode in overlapping tiles.", panel="Machine")
+    compile: bool = opt(False, help="torch.compile the denoiser.", panel="Machine")
+    contact_sheet: bool = opt(False, help="Also write a PNG of all frames, for people.", panel="Output")
+
+
+@dataclass(kw_only=True)
+class EncodeOptions(RunOptions):
+    """Clips to a store of latent files."""
+
+    inputs: list[str] = arg([], help="Clips, images, folders of them, or 'world:COUNT'.", metavar="INPUT...")
+    num_frames: int | None = opt(None, short="-n", help="Frames per clip.", low=1)
+    height: int | None = opt(None, help="Height in pixels.", low=1)
+    width: int | None = opt(None, help="Width in pixels.", low=1)
+    fps: float | None = opt(None, help="Frame rate to read at; the clip's own when absent.", low=0.01)
+    captions: Path | None = opt(None, help="CSV or JSONL with 'file' and 'caption'; else NAME.txt beside a clip.")
+    posterior: Literal["moments", "mean", "sample"] = opt("moments", help="What of the posterior is stored.")
+    batch_size: int = opt(4, help="Clips encoded at once.", low=1)
+    check: bool = opt(False, help="Decode again and report PSNR for each clip.")
+    verify: bool = opt(False, help="Hash every tensor of the store and compare.")
+    contact_sheet: bool = opt(False, help="Also write a PNG of the decoded clips.", panel="Output")
+
+
+@dataclass(kw_only=True)
+class TrainOptions(RunOptions):
+    """What finetune and train-lora share."""
+
+    data: list[str] = opt([], help="A latent store; or clips, or 'world:COUNT', for parts that train on pixels.")
+    part: str = opt("", help="Which network to train.")
+    max_train_steps: int = opt(1000, help="Optimizer steps.", low=1)
+    train_batch_size: int = opt(1, help="Clips in one forward pass.", low=1)
+    gradient_accumulation_steps: int = opt(1, help="Forward passes in one step.", low=1)
+    learning_rate: float = opt(1e-4, help="Peak learning rate.", low=0.0)
+    lr_scheduler: Literal["constant", "cosine", "linear"] = opt("cosine", help="Shape of the learning rate.")
+    lr_warmup_steps: int = opt(0, help="Steps over which it rises.", low=0)
+    adam_beta1: float = opt(0.9, help="AdamW beta 1.", low=0.0, high=1.0)
+    adam_beta2: float = opt(0.95, help="AdamW beta 2.", low=0.0, high=1.0)
+    adam_epsilon: float = opt(1e-8, help="AdamW epsilon.", low=0.0)
+    adam_weight_decay: float = opt(1e-4, help="AdamW weight decay.", low=0.0)
+    max_grad_norm: float = opt(1.0, help="Gradients are clipped to this norm; 0 turns it off.", low=0.0)
+    ema_decay: float = opt(0.0, help="Keep a moving average with this decay; 0 turns it off.", low=0.0, high=1.0)
+    mixed_precision: Literal["no", "bf16", "fp16"] = opt("no", help="Autocast of the forward pass.", panel="Machine")
+    gradient_checkpointing: bool = opt(False, help="Recompute activations to save memory.", panel="Machine")
+    compile: bool = opt(False, help="torch.compile the network.", panel="Machine")
+    checkpointing_steps: int = opt(500, help="Save the state of training every so many steps.", low=1)
+    resume: bool = opt(False, help="Go on from the last state in the output folder.")
+    caption_dropout: float = opt(0.1, help="Share of clips trained without caption.", low=0.0, high=1.0)
+
+
+@dataclass(kw_only=True)
+class LoraOptions(TrainOptions):
+    """Low-rank adapters on chosen layers."""
+
+    rank: int = opt(16, help="Rank of the adapter.", low=1)
+    lora_alpha: float | None = opt(None, help="Scale is alpha / rank; alpha = rank when absent.")
+    target_modules: list[str] = opt([], help="Names of the layers to adapt; the family's own when absent.")
+
+
+@dataclass(kw_only=True)
+class ClipOptions(RunOptions):
+    """A clip, or latents of one, to another clip."""
+
+    input: str = arg("", help="A video, or latents of the family's space.")
+    factor: int = opt(4, help="How many times more.", low=2)

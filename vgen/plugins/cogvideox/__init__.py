@@ -1,0 +1,208 @@
+"""CogVideoX: text, image and video to video with a full-attention transformer over a causal 3D autoencoder.
+
+Paper: arXiv:2408.06072. This file is the card: options, checkpoints and rules. It imports no torch.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from vgen.errors import UsageError, VgenError
+from vgen.family import Checkpoint, Family, PartCard, Rule
+from vgen.options import EncodeOptions, SampleOptions, TrainOptions, arg, opt
+
+
+@dataclass(kw_only=True)
+class Sample(SampleOptions):
+    """Options of `vgen sample cogvideox`."""
+
+    prompt: str = arg("", help="What the clip shows.", metavar="PROMPT")
+    image: Path | None = opt(None, help="Picture that the clip starts from (image-to-video checkpoints).")
+    video: Path | None = opt(None, help="Clip, or latents of one, to change (with --strength).")
+    strength: float = opt(0.8, help="How far --video is changed: 0 keeps it, 1 ignores it.", low=0.0, high=1.0)
+    sampler: Literal["ddim", "dpm"] | None = opt(None, help="DDIM, or DPM-Solver++(2M) SDE; as released when absent.")
+    eta: float = opt(0.0, help="Noise that DDIM adds in each step.", low=0.0, high=1.0)
+    use_dynamic_cfg: bool = opt(False, help="Let guidance rise over the steps along a cosine.")
+    dynamic_cfg_quirk: bool = opt(False, help="With --use-dynamic-cfg: the curve as released, which oscillates.")
+    window: int | None = opt(None, help="Frames denoised at once in a longer clip; native length when absent.", low=1)
+    cache: Literal["none", "fbcache", "pab", "faster"] = opt(
+        "none", help="Reuse activations between steps: faster, not the same bits.", panel="Machine"
+    )
+
+
+@dataclass(kw_only=True)
+class Encode(EncodeOptions):
+    """Options of `vgen encode cogvideox`."""
+
+    bucket: list[str] = opt([], help="Allowed FRAMESxHEIGHTxWIDTH, any number of times.", metavar="FxHxW")
+
+
+@dataclass(kw_only=True)
+class Finetune(TrainOptions):
+    """Options of `vgen finetune cogvideox`."""
+
+    part: Literal["transformer", "autoencoder"] = opt("transformer", help="Which network to train.")
+    from_scratch: bool = opt(False, help="Start the part from random weights of the checkpoint's configuration.")
+    train_text_encoder: bool = opt(False, help="Train the text encoder along (checkpoints with a small one).")
+    stratify: bool = opt(True, help="Spread the timesteps of a batch evenly (explicit uniform sampling).")
+    mask_weight: float = opt(0.0, help="Extra loss weight where clips carry an object mask.", low=0.0)
+    mask_steps: int = opt(0, help="Steps over which that weight fades to nothing.", low=0)
+    num_frames: int | None = opt(None, short="-n", help="autoencoder: frames per clip.", low=1)
+    height: int | None = opt(None, help="autoencoder: height in pixels.", low=1)
+    width: int | None = opt(None, help="autoencoder: width in pixels.", low=1)
+    l1_weight: float = opt(0.2, help="autoencoder: weight of the L1 term beside the squared error.", low=0.0)
+    kl_weight: float = opt(1e-6, help="autoencoder: weight of the KL term.", low=0.0)
+
+
+LICENSE_5B = "other (CogVideoX license: research free, commercial use by registration)"
+
+
+def _released(
+    tag: str, name: str, license: str, size: tuple[int, int, int], modes: tuple[str, ...], sampler: str, summary: str
+) -> Checkpoint:
+    """A checkpoint of the authors. `size` is (frames, height, width) as trained."""
+    num_frames, height, width = size
+    newer = num_frames == 81
+    fixed = tag == "5b-i2v"  # its learned position table fits no other size
+    return Checkpoint(
+        tag=tag,
+        repo=f"zai-org/{name}",
+        license=license,
+        summary=summary,
+        modes=modes,
+        defaults={
+            "num_frames": num_frames,
+            "height": height,
+            "width": width,
+            "fps": 16.0 if newer else 8.0,
+            "num_inference_steps": 50,
+            "guidance_scale": 6.0,
+            "sampler": sampler,
+            "window": num_frames,
+        },
+        rules={
+            "num_frames": Rule(16, 1) if newer else Rule(8, 1),
+            "height": Rule(16, low=480, high=480) if fixed else Rule(16, low=16),
+            "width": Rule(16, low=720, high=720) if fixed else Rule(16, low=16),
+        },
+    )
+
+
+V1, V15 = (49, 480, 720), (81, 768, 1360)
+TEXT, IMAGE = ("text", "video"), ("image",)
+CHECKPOINTS = (
+    _released("2b", "CogVideoX-2b", "apache-2.0", V1, TEXT, "ddim", "text to video, 6 s at 8 fps"),
+    _released("5b", "CogVideoX-5b", LICENSE_5B, V1, TEXT, "dpm", "text to video, 6 s at 8 fps"),
+    _released("5b-i2v", "CogVideoX-5b-I2V", LICENSE_5B, V1, IMAGE, "dpm", "image to video, 6 s at 8 fps"),
+    _released("1.5-5b", "CogVideoX1.5-5B", LICENSE_5B, V15, TEXT, "dpm", "text to video, 5 s at 16 fps"),
+    _released("1.5-5b-i2v", "CogVideoX1.5-5B-I2V", LICENSE_5B, V15, IMAGE, "dpm", "image to video, 5 s at 16 fps"),
+)
+
+
+def _config(folder: Path, name: str) -> dict[str, Any]:
+    path = folder / name
+    try:
+        read = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise VgenError(
+            f"{folder} is not a CogVideoX checkpoint: {name} cannot be read ({error}).",
+            "A checkpoint is a folder in diffusers' layout: model_index.json, transformer/, vae/, text_encoder/, ...",
+        ) from error
+    return dict(read)
+
+
+def describe(folder: Path) -> Checkpoint:
+    """What a folder in diffusers' layout was made for, read from its configurations. Raises VgenError."""
+    transformer, vae = _config(folder, "transformer/config.json"), _config(folder, "vae/config.json")
+    scheduler = _config(folder, "scheduler/scheduler_config.json")
+    extra = _config(folder, "vgen.json") if (folder / "vgen.json").exists() else {}
+    strides = 2 ** (len(vae["block_out_channels"]) - 1)
+    size = strides * transformer["patch_size"]
+    step = 2 * int(vae["temporal_compression_ratio"]) * (transformer.get("patch_size_t") or 1)
+    image = transformer["in_channels"] == 2 * vae["latent_channels"]
+    native = {"height": transformer["sample_height"] * strides, "width": transformer["sample_width"] * strides}
+    num_frames = transformer["sample_frames"]
+    fixed = bool(transformer.get("use_learned_positional_embeddings"))
+    return Checkpoint(
+        tag=str(extra.get("tag", folder.name)),
+        license=str(extra.get("license", "")),
+        summary=str(extra.get("summary", "")),
+        modes=IMAGE if image else TEXT,
+        defaults={
+            "num_frames": num_frames,
+            **native,
+            "fps": 16.0 if transformer.get("patch_size_t") else 8.0,
+            "num_inference_steps": 50,
+            "guidance_scale": 6.0,
+            "sampler": "dpm" if "DPM" in scheduler["_class_name"] else "ddim",
+            "window": num_frames,
+            **extra.get("defaults", {}),
+        },
+        rules={
+            "num_frames": Rule(step, 1),
+            **{k: Rule(size, low=v, high=v) if fixed else Rule(size, low=size) for k, v in native.items()},
+        },
+    )
+
+
+def check(options: Any, checkpoint: Checkpoint) -> None:
+    """Refuse what cannot be drawn, before weights load. Raises UsageError."""
+    if isinstance(options, Sample):
+        _check_sample(options, checkpoint)
+    if isinstance(options, Finetune) and options.part == "autoencoder" and options.train_text_encoder:
+        raise UsageError("--train-text-encoder goes with --part transformer.", "Leave it out.")
+
+
+def _check_sample(options: Sample, checkpoint: Checkpoint) -> None:
+    if not options.prompt.strip() and options.image is None:
+        raise UsageError("The prompt is empty.", 'Say what the clip shows: vgen sample cogvideox "a teddy bear skating"')
+    given = "image" if options.image else "video" if options.video else "text"
+    if given not in checkpoint.modes:
+        fit = ", ".join(c.tag for c in CHECKPOINTS if given in c.modes)
+        takes = " or ".join(checkpoint.modes)
+        raise UsageError(
+            f"The checkpoint '{checkpoint.tag}' starts from {takes}, not from {given} alone.",
+            f"Checkpoints that start from {given}: {fit}." if given != "text" else "Give --image.",
+        )
+    if options.image and options.video:
+        raise UsageError("--image and --video exclude each other.", "Give one of them.")
+    if options.dynamic_cfg_quirk and not options.use_dynamic_cfg:
+        raise UsageError("--dynamic-cfg-quirk shapes --use-dynamic-cfg, which is off.", "Give both.")
+    if options.window and checkpoint.rules:
+        checkpoint.rules["num_frames"].check("window", options.window)
+
+
+family = Family(
+    name="cogvideox",
+    summary="Text, image and video to video: a transformer over a causal 3D autoencoder.",
+    paper="arXiv:2408.06072",
+    verbs={"encode": Encode, "finetune": Finetune, "sample": Sample},
+    load="vgen.plugins.cogvideox.model:load",
+    checkpoints=CHECKPOINTS,
+    default="2b",
+    demo=Path(__file__).parent / "demo",
+    parts=(
+        PartCard("transformer", "the denoiser, on latents"),
+        PartCard("autoencoder", "the causal 3D autoencoder, on pixels", trains_on="pixels"),
+    ),
+    lora_targets=("to_q", "to_k", "to_v", "to_out.0"),
+    check=check,
+    describe=describe,
+    examples={
+        "sample": (
+            'vgen sample cogvideox "a teddy bear skating"',
+            'vgen sample cogvideox "a red ball rising" --checkpoint demo --seed 7 -o ball.mp4 --contact-sheet',
+        ),
+        "encode": (
+            "vgen encode cogvideox clips/ -o latents/",
+            "vgen encode cogvideox clips/ --captions captions.csv --bucket 49x480x720 --check -o latents/",
+        ),
+        "finetune": (
+            "vgen finetune cogvideox --data latents/ --max-train-steps 1000 -o tuned/",
+            "vgen finetune cogvideox --part autoencoder --data clips/ -o tuned/",
+        ),
+    },
+)

@@ -1,0 +1,51 @@
+"""The causal 3D autoencoder of CogVideoX: streams, pixels, and the loss that trains it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKLCogVideoX
+from torch import Tensor, nn
+
+
+def encode(vae: AutoencoderKLCogVideoX, pixels: Tensor) -> dict[str, Tensor]:
+    """Pixels (B, 3, T, H, W) in [-1, 1] to the posterior's mean and logvar (B, C, T', H', W'), unscaled."""
+    posterior = vae.encode(pixels.to(vae.dtype)).latent_dist
+    return {"mean": posterior.mean, "logvar": posterior.logvar}
+
+
+def decode(vae: AutoencoderKLCogVideoX, latents: Tensor) -> Tensor:
+    """Unscaled latents (B, C, T', H', W') to pixels (B, 3, T, H, W)."""
+    pixels: Tensor = vae.decode(latents.to(vae.dtype)).sample
+    return pixels
+
+
+class Autoencoder:
+    """The part 'autoencoder': squared and absolute error on pixels, and a KL term."""
+
+    name = "autoencoder"
+
+    def __init__(self, vae: AutoencoderKLCogVideoX, *, l1_weight: float, kl_weight: float) -> None:
+        self.vae, self.l1_weight, self.kl_weight = vae, l1_weight, kl_weight
+        self.modules: Mapping[str, nn.Module] = {"vae": vae}
+        self._spread: list[float] = []
+
+    def loss(self, batch: Mapping[str, Any], generator: torch.Generator) -> Tensor:
+        """The loss of a batch of pixels (B, 3, T, H, W) in [-1, 1]."""
+        x = batch["pixels"]
+        posterior = self.vae.encode(x).latent_dist
+        mean, logvar = posterior.mean.float(), posterior.logvar.float()
+        noise = torch.randn(mean.shape, generator=generator).to(mean)
+        z = mean + torch.exp(0.5 * logvar) * noise
+        error = self.vae.decode(z).sample.float() - x
+        kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
+        self._spread = [*self._spread[-49:], float(mean.detach().square().mean().sqrt())]
+        return error.square().mean() + self.l1_weight * error.abs().mean() + self.kl_weight * kl
+
+    def settle(self) -> None:
+        """Store the one factor that brings the latents to unit size, as measured over the last batches."""
+        if self._spread:
+            scale = len(self._spread) / sum(self._spread)
+            self.vae.register_to_config(scaling_factor=round(scale, 6))

@@ -1,0 +1,105 @@
+"""The expert transformer of CogVideoX as a denoiser: positions, conditions, and its training loss."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import lru_cache
+from typing import Any
+
+import torch
+from diffusers import CogVideoXTransformer3DModel
+from diffusers.models.embeddings import get_3d_rotary_pos_embed
+from torch import Tensor, nn
+
+from vgen import diffusion
+from vgen.diffusion import Process
+
+Embed = Callable[[list[str]], Tensor]
+
+
+class Transformer:
+    """The part 'transformer'. Latents are (B, C, T, H, W), scaled; the network itself takes (B, T, C, H, W)."""
+
+    name = "transformer"
+    stream = "latents"
+    output = "v"
+
+    def __init__(self, network: CogVideoXTransformer3DModel, process: Process) -> None:
+        self.network, self.process = network, process
+        self.modules: Mapping[str, nn.Module] = {"transformer": network}
+        self.embed: Embed | None = None  # set where a text encoder trains along
+        self.stratify = True
+        self.mask_weight, self.mask_steps = 0.0, 0
+        self._rotary = lru_cache(maxsize=8)(self._rotary_of)
+
+    def predict(self, x: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
+        """v of noisy latents x (B, C, T, H, W) at times t (B,). `cond`: text (B, L, D), image (B, C, T, H, W) if any."""
+        given = torch.cat([x, cond["image"]], 1) if "image" in cond else x
+        given = given.transpose(1, 2).to(self.network.dtype)
+        network: Any = self.network
+        config = network.config
+        ofs = given.new_full((1,), 2.0) if config.ofs_embed_dim else None
+        out = network(
+            hidden_states=given,
+            encoder_hidden_states=cond["text"].to(self.network.dtype),
+            timestep=t,
+            ofs=ofs,
+            image_rotary_emb=self._rotary(x.shape[2:], x.device),
+            return_dict=False,
+        )[0]
+        return out.transpose(1, 2)  # type: ignore[no-any-return]
+
+    def _rotary_of(self, size: tuple[int, int, int], device: torch.device) -> tuple[Tensor, Tensor] | None:
+        """Rotary positions of latents of `size` (T, H, W), as the released pipelines lay them out."""
+        config = self.network.config
+        if not config.use_rotary_positional_embeddings:
+            return None
+        p, p_t = config.patch_size, config.patch_size_t
+        num_frames, rows, columns = size[0], size[1] // p, size[2] // p
+        native = (config.sample_height // p, config.sample_width // p)
+        if p_t is None:
+            where: dict[str, Any] = {"crops_coords": _crop((rows, columns), native), "temporal_size": num_frames}
+        else:
+            where = {"crops_coords": None, "temporal_size": -(-num_frames // p_t), "grid_type": "slice"}
+            where["max_size"] = native
+        made: tuple[Tensor, Tensor] = get_3d_rotary_pos_embed(
+            embed_dim=config.attention_head_dim, grid_size=(rows, columns), device=device, **where
+        )
+        return made
+
+    def loss(self, batch: Mapping[str, Any], generator: torch.Generator) -> Tensor:
+        """The v-loss of a batch: 'latents' (B, C, T, H, W) scaled, 'text' (B, L, D) or 'captions', 'mask' if any.
+
+        Equal to the squared error of x0 weighted by 1 / (1 - abar) (arXiv:2408.06072, section 2).
+        """
+        cond = {k: batch[k] for k in ("text", "image") if k in batch}
+        if self.embed is not None:
+            cond["text"] = self.embed(batch["captions"])
+        return diffusion.loss(
+            lambda x, t: self.predict(x, t, cond),
+            self.process,
+            self.output,
+            batch["latents"],
+            generator,
+            stratify=self.stratify,
+            weight=self._weight(batch),
+        )
+
+    def _weight(self, batch: Mapping[str, Any]) -> Tensor | None:
+        """1 + w * mask, where w fades to nothing over `mask_steps`: it teaches objects early, then biases them."""
+        fade = 1 - batch["progress"] / self.mask_steps if self.mask_steps else 1.0
+        if "mask" not in batch or self.mask_weight * fade <= 0:
+            return None
+        weight: Tensor = 1 + self.mask_weight * fade * batch["mask"]
+        return weight / weight.mean()
+
+
+def _crop(size: tuple[int, int], native: tuple[int, int]) -> tuple[tuple[int, int], tuple[int, int]]:
+    """The part of the native grid that a grid of another shape is laid on: scaled to fit, centred."""
+    (rows, columns), (native_rows, native_columns) = size, native
+    if rows / columns > native_rows / native_columns:
+        high, wide = native_rows, round(native_rows / rows * columns)
+    else:
+        high, wide = round(native_columns / columns * rows), native_columns
+    top, left = round((native_rows - high) / 2.0), round((native_columns - wide) / 2.0)
+    return (top, left), (top + high, left + wide)
