@@ -83,14 +83,14 @@ class Discrete:
     def times(self, steps: int) -> Tensor:
         """See `Process.times`. Raises UsageError where the schedule has no room for so many steps."""
         n = len(self.abar)
-        i = torch.arange(steps, dtype=torch.float64)
+        i = torch.arange(_positive(steps), dtype=torch.float64)
         if self.spacing == "trailing":
             t = (n - i * (n / steps)).round() - 1
         elif self.spacing == "leading":
             t = (i * (n // steps)).flip(0) + self.offset
         else:
             t = torch.linspace(0, n - 1, steps, dtype=torch.float64).round().flip(0)
-        if not 1 <= steps <= n or t[0] >= n:
+        if steps > n or t[0] >= n:
             most = n if self.spacing != "leading" or not self.offset else n // 2
             raise UsageError(
                 f"{steps} steps do not fit a schedule of {n} ({self.spacing}, offset {self.offset}).",
@@ -296,7 +296,7 @@ def target(kind: Kind, x0: Tensor, e: Tensor, a: Tensor, s: Tensor) -> Tensor:
 
 
 def to_x0(output: Tensor, kind: Kind, x: Tensor, a: Tensor, s: Tensor) -> Tensor:
-    """The clean data that an output at z = x stands for. Linear in `output`, which is why guidance may act on either."""
+    """The clean data that an output at z = x stands for. Affine in `output`: guidance may act on either."""
     if kind == "eps":
         return (x - s * output) / a
     if kind == "v":
