@@ -2,7 +2,7 @@
 
 The layout is that of https://github.com/huggingface/safetensors: 8 bytes little-endian length, a JSON header,
 the tensors. The record is the single metadata key "vgen", sorted compact JSON, so equal content gives equal bytes.
-vgen adds `sha256` (of each tensor's bytes) and `check` (of the rest of the header) to it: a flipped bit anywhere is seen.
+vgen adds `sha256` (of each tensor's bytes) and `check` (of the rest of the header) to it, so any flipped bit is seen.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 MAX_HEADER = 100_000_000
+MAX_DIMS = 16
 CHUNK = 1 << 22
 AGAIN = "Make or fetch the file again."
 NAME = re.compile(r"(?!\.)[\w.\-]+(/(?!\.)[\w.\-]+)*", re.ASCII)
@@ -126,8 +127,8 @@ def header(path: Path) -> Header:
         if not all(isinstance(text, str) for text in metadata.values()):
             raise ValueError("its metadata are not strings")
         record = json.loads(metadata.get("vgen", "{}"), object_pairs_hook=_distinct)
-        if record and record.get("check") != _check(record, entries):
-            raise ValueError("the record does not have the hash that it should")
+        if record and (record["check"] != _check(record, entries) or record["sha256"].keys() != entries.keys()):
+            raise ValueError("its header is not the one that was written")
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise Damaged(f"{path} is damaged or no safetensors file: {error}.", AGAIN) from error
     return Header(path, entries, metadata, record)
@@ -144,7 +145,7 @@ def _entry(told: dict[str, Any], start: int) -> Entry:
     dtype, shape, (begin, end) = told["dtype"], told["shape"], told["data_offsets"]
     if dtype not in DTYPES:
         raise ValueError(f"unknown dtype {dtype!r}")
-    if any(type(n) is not int or n < 0 for n in (*shape, begin, end)):
+    if len(shape) > MAX_DIMS or any(type(n) is not int or n < 0 for n in (*shape, begin, end)):
         raise ValueError("a shape or an offset is not a count")
     if end - begin != math.prod(shape) * DTYPES[dtype][1]:
         raise ValueError("a tensor does not have the bytes that its shape needs")
