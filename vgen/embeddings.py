@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vgen.files import NoFile, cache_folder, explained
+from vgen.files import NoFile, cache_folder, delete
 from vgen.tensorfile import Damaged, dumps, load_tensors, save_tensors
 
 if TYPE_CHECKING:
@@ -54,7 +53,5 @@ class Embeddings:
         except NoFile:
             return None
         except Damaged:
-            path = self.path(text)
-            with explained(f"remove {path}"), contextlib.suppress(FileNotFoundError):
-                path.unlink()
+            delete(self.path(text))
             return None

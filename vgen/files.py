@@ -90,6 +90,12 @@ def _temporary(folder: Path) -> tuple[Path, BinaryIO]:
         file.close()
 
 
+def delete(path: Path) -> None:
+    """Remove a file that may be gone already. Raises VgenError."""
+    with explained(f"remove {path}"):
+        path.unlink(missing_ok=True)
+
+
 def make_folder(folder: Path) -> None:
     """Make a folder and its parents, durably."""
     if folder.is_dir():

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from vgen import tensorfile
 from vgen.errors import VgenError
-from vgen.files import cache_folder, explained
+from vgen.files import cache_folder, explained, replacing
 from vgen.tensorfile import Damaged, Header, Source, digest, dumps
 from vgen.tensorfile import load_tensors as load_tensors
 from vgen.tensorfile import save_tensors as save_tensors
@@ -74,7 +74,8 @@ class Space:
     def from_dict(cls, told: Mapping[str, Any]) -> Space:
         """The space that `to_dict` gave. Raises VgenError."""
         try:
-            return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in told.items()})
+            values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in told.items()}
+            return cls(**values)
         except TypeError as error:
             raise VgenError(f"This is not a latent space: {dumps(told)[:200]}.") from error
 

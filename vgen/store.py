@@ -6,7 +6,7 @@
     texts/ab/<key>.safetensors      text embeddings, each text once
 
 The key of a clip is a hash of its source, its transform and its autoencoder: the same key is the same work, so a run
-resumes by skipping keys that are there, and stores of one space merge by copying files. The header of a pack is its index.
+resumes by skipping keys that are there, and stores of one space merge by copying files. A pack's header is its index.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from vgen import __version__, latents, tensorfile
 from vgen.embeddings import Embeddings
 from vgen.errors import VgenError
-from vgen.files import NoFile, alone, explained, replacing, sweep
+from vgen.files import NoFile, alone, delete, explained, replacing, sweep
 from vgen.latents import FORMAT, Space
 from vgen.tensorfile import Damaged, Header, dumps
 
@@ -37,7 +37,7 @@ T = TypeVar("T")
 
 
 def key(source_sha256: str, transform: Mapping[str, Any], space_id: str) -> str:
-    """The key of a clip, 32 hex digits: content of the source, exact transform (frames, size, crop ...), autoencoder."""
+    """The key of a clip, 32 hex digits: its source's content, the exact transform (frames, size, crop ...), the space."""
     return hashlib.sha256(dumps([source_sha256, transform, space_id]).encode()).hexdigest()[:32]
 
 
@@ -162,7 +162,7 @@ class Store:
             return [*made, self._pack(group)] if group else made
 
     def verify(self) -> dict[str, list[str]]:
-        """What is wrong, by the key of the clip or, where a file cannot be read or holds a text, its name. Torch-free."""
+        """What is wrong, by the key of the clip or, for texts and unreadable files, by file name. Torch-free."""
         problems: dict[str, list[str]] = {}
         for path in self._files():
             try:
@@ -217,8 +217,8 @@ class Store:
                 if len(stay) == len(head.record["clips"]):
                     continue
                 if stay:
-                    self._write_pack({one: head for one in stay})
-                path.unlink()
+                    self._write_pack(dict.fromkeys(stay, head))
+                delete(path)
             self._refresh()
 
     # Inside
@@ -253,7 +253,7 @@ class Store:
                 return use(self._packed(clip_key) or latents.open_file(self._loose(clip_key)))
             except NoFile:
                 self._refresh()
-        raise NoFile(f"There is no clip {clip_key} in {self.folder}.", "List the clips with: vgen encode --help")
+        raise NoFile(f"There is no clip {clip_key} in {self.folder}.", f"Encode it again with: {MEND}")
 
     def _pack(self, keys: list[str]) -> Path:
         """Copy loose clips into one pack, then delete them."""
@@ -277,9 +277,7 @@ class Store:
 
     def _unlink(self, keys: Iterable[str]) -> None:
         for one in keys:
-            path = self._loose(one)
-            with explained(f"remove {path}"):
-                path.unlink(missing_ok=True)
+            delete(self._loose(one))
 
 
 def _check_key(clip_key: str) -> None:
@@ -315,7 +313,7 @@ def _told(path: Path) -> dict[str, Any]:
 
 
 def describe(folder: Path) -> dict[str, Any]:
-    """A summary of a store, without torch: space, counts of clips, captions and texts, shapes, bytes. Raises VgenError."""
+    """A summary of a store, without torch: space, shapes, counts of clips, captions, texts, bytes. Raises VgenError."""
     store = Store.open(folder)
     shapes: Counter[str] = Counter()
     clips = captioned = 0
