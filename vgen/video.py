@@ -1,0 +1,237 @@
+"""Reading video: upright RGB frames at exact times, or an error that says why not.
+
+Shapes: T frames, H height, W width; RGB is the last axis, uint8.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import av
+import torch
+from torch import Tensor
+
+from vgen.errors import UsageError
+from vgen.probe import BadClip, Probe, open_video, probe, video_stream
+
+__all__ = ["BadClip", "Clip", "Probe", "file_sha256", "frames", "probe", "read"]
+
+_SWS = {1: 1, 4: 4, 5: 5, 6: 5, 7: 7, 9: 9, 10: 9}  # H.273 matrix -> swscale's; it takes an untagged clip for BT.601
+_SEEKABLE = ("mp4", "matroska")
+
+
+@dataclass(frozen=True)
+class Clip:
+    """Frames (T, H, W, 3) uint8, their time stamps in the file in seconds, the rate they were taken at, and whence."""
+
+    frames: Tensor
+    pts: tuple[Fraction, ...]
+    fps: Fraction
+    source: dict[str, Any]
+
+
+def read(
+    path: Path | str,
+    *,
+    num_frames: int | None = None,
+    fps: Fraction | float | None = None,
+    start: float = 0.0,
+    every: int = 1,
+    seen: Probe | None = None,
+) -> Clip:
+    """Frames of a video by time: the one shown at start + k / fps, or with no `fps` the clip's own frames.
+
+    `start` is in seconds after the first frame, `every` takes one of so many, and no `num_frames` reads to the end.
+    A `fps` above the clip's shows frames again, as a player would. `seen` saves a second probe.
+    Raises BadClip for a damaged file or one with too few frames; the frames in front of the last one needed are
+    checked, those behind it are not decoded.
+    """
+    if every < 1 or start < 0 or (fps is not None and fps <= 0) or (num_frames is not None and num_frames < 1):
+        raise UsageError("To read a clip: every >= 1, start >= 0, fps > 0 and num_frames >= 1.")
+    told = seen or probe(path)
+    rate = told.fps if fps is None else Fraction(fps).limit_denominator(100_000)
+    chosen = _choose(told, None if fps is None else rate, start, every, num_frames)
+    pixels, decoder, why = _take(told, sorted(set(chosen)))
+    order = {index: k for k, index in enumerate(sorted(set(chosen)))}
+    if len(order) != len(chosen):
+        pixels = pixels[[order[index] for index in chosen]]
+    return Clip(pixels, tuple(told.pts[i] for i in chosen), rate / every, _record(told, decoder, why))
+
+
+def frames(path: Path | str, *, seen: Probe | None = None) -> Iterator[Tensor]:
+    """All frames (H, W, 3) of a video in order, one at a time, with the checks of `read`. Raises BadClip."""
+    told = seen or probe(path)
+    for _, frame in _decode(told, 0, len(told.pts) - 1):
+        yield _upright(torch.from_numpy(_rgb(frame)), told)
+
+
+def file_sha256(path: Path) -> str:
+    """The SHA-256 of a file, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _choose(told: Probe, fps: Fraction | None, start: float, every: int, count: int | None) -> list[int]:
+    """Numbers of the frames to take. Raises BadClip where there are too few.
+
+    Stamps are rounded to ticks (a millisecond in Matroska), so a frame counts as shown a twentieth of a frame
+    early; else 30 fps asked of 30 fps would now and then show one frame twice and skip the next.
+    """
+    begin = told.pts[0] + Fraction(start)
+    slack = 1 / told.fps / 20
+    end = told.pts[0] + told.duration - slack
+    if fps is None:
+        chosen = list(range(max(bisect_right(told.pts, begin + slack) - 1, 0), len(told.pts), every))
+        if begin >= end:
+            chosen = []
+    else:
+        steps = max(0, -((begin - end) * fps // every))
+        steps = min(int(steps), count) if count else int(steps)
+        chosen = [bisect_right(told.pts, begin + k * every / fps + slack) - 1 for k in range(steps)]
+    if not chosen or (count and len(chosen) < count):
+        rate = "" if fps is None else f" at {float(fps):g} fps"
+        after = f" after {start:g} s" if start else ""
+        strided = f", one of {every}" if every > 1 else ""
+        raise BadClip(told.path, f"it has {len(chosen)} frames{rate}{after}{strided}, {count or 1} are needed")
+    return chosen[:count]
+
+
+def _take(told: Probe, wanted: Sequence[int]) -> tuple[Tensor, str, str]:
+    """The wanted frames (T, H, W, 3), numbers rising, the decoder that gave them, and why not decord."""
+    if told.decoder == "decord":
+        pixels, why = _with_decord(told, wanted)
+        if pixels is not None:
+            return pixels, "decord", ""
+    else:
+        why = told.why
+    pixels = torch.empty((len(wanted), told.height, told.width, 3), dtype=torch.uint8)
+    place = {index: k for k, index in enumerate(wanted)}
+    for index, frame in _decode(told, wanted[0], wanted[-1]):
+        if index in place:
+            pixels[place[index]] = _upright(torch.from_numpy(_rgb(frame)), told)
+    return pixels, "pyav", why
+
+
+def _with_decord(told: Probe, wanted: Sequence[int]) -> tuple[Tensor | None, str]:
+    """The wanted frames, or None and what is wrong with decord's answer.
+
+    A fresh reader, one thread, rising order: decord decodes ahead without bound, does not survive a fork, and
+    seeks wrongly when asked to go back. It hides damage by repeating a frame, so a repeat is read again by PyAV.
+    """
+    import decord
+
+    try:
+        reader = decord.VideoReader(str(told.path.resolve()), num_threads=1, fault_tol=1)
+        stamps = reader.get_frame_timestamp(range(len(reader)))[:, 0]
+        if len(stamps) != len(told.pts):
+            return None, f"decord counts {len(stamps)} frames, the packets {len(told.pts)}"
+        slack = 1 / told.fps / 10
+        if any(abs(Fraction(float(a)) - b) > slack for a, b in zip(stamps, told.pts, strict=True)):
+            return None, "decord's time stamps differ from the packets'"
+        pixels = torch.from_numpy(reader.get_batch(list(wanted)).asnumpy())
+        del reader
+    except (decord.DECORDError, RuntimeError) as error:
+        return None, f"decord failed: {str(error).splitlines()[0][:120]}"
+    if pixels.shape[1:3] != (told.height, told.width):
+        return None, "decord gives another size"
+    if any(torch.equal(a, b) for a, b in zip(pixels, pixels[1:], strict=False)):
+        return None, "decord repeats a frame"
+    return pixels, ""
+
+
+def _decode(told: Probe, first: int, last: int) -> Iterator[tuple[int, Any]]:
+    """PyAV's frames from at or before `first` up to `last`, in order, with their numbers. Raises BadClip."""
+    with open_video(told.path) as container:
+        stream = video_stream(container, told.path)
+        stream.thread_type = "AUTO"
+        far = told.pts[first] - told.pts[0] > 2 and told.container in _SEEKABLE and "open groups" not in told.why
+        if far:
+            container.seek(int(told.pts[first] / told.time_base), stream=stream)
+        expected: int | None = None
+        try:
+            for count, frame in enumerate(container.decode(stream)):
+                index = _number(told, frame, count)
+                if index is None:
+                    continue
+                if expected is None and index > 0 and index > first:
+                    raise BadClip(told.path, f"frame {first} at {float(told.pts[first]):.3f} s does not decode")
+                _check(told, frame, index, expected)
+                yield index, frame
+                expected = index + 1
+                if index >= last:
+                    return
+        except av.FFmpegError as error:
+            at = expected or 0
+            raise BadClip(told.path, f"damaged: decoding fails after frame {at} ({error.strerror})") from error
+    raise BadClip(told.path, f"it ends after {expected or 0} of {len(told.pts)} frames")
+
+
+def _number(told: Probe, frame: Any, count: int) -> int | None:
+    """Which frame of the clip this is; None for one in front of the clip. Raises BadClip for one that is not in it."""
+    if not told.stamped:
+        if count >= len(told.pts):
+            raise BadClip(told.path, f"it decodes to more than the {len(told.pts)} frames it lists")
+        return count
+    if frame.pts is None:
+        raise BadClip(told.path, "a frame comes out of the decoder without a time stamp")
+    stamp = frame.pts * Fraction(frame.time_base)
+    if stamp < told.pts[0]:
+        return None
+    index = bisect_left(told.pts, stamp)
+    if index == len(told.pts) or told.pts[index] != stamp:
+        raise BadClip(told.path, f"a frame at {float(stamp):.3f} s is not in its packets")
+    return index
+
+
+def _check(told: Probe, frame: Any, index: int, expected: int | None) -> None:
+    """Raises BadClip for a frame that is damaged, out of turn, or of another size."""
+    if expected is not None and index != expected:
+        raise BadClip(told.path, f"damaged: frame {index} comes where frame {expected} should")
+    if frame.is_corrupt:
+        raise BadClip(told.path, f"damaged: frame {index} is corrupt")
+    size = (frame.height, frame.width) if told.rotation % 180 == 0 else (frame.width, frame.height)
+    if size != (told.height, told.width):
+        raise BadClip(told.path, f"its size changes at frame {index}, from {told.width}x{told.height}")
+
+
+def _rgb(frame: Any) -> Any:
+    """A PyAV frame as (H, W, 3) uint8 RGB, by the matrix and range that the frame is tagged with."""
+    source = _SWS.get(int(frame.colorspace), 5)
+    return frame.reformat(format="rgb24", src_colorspace=source).to_ndarray()
+
+
+def _upright(image: Tensor, told: Probe) -> Tensor:
+    """(H, W, 3) as it is to be shown."""
+    image = image.flip(1) if told.mirrored else image
+    return torch.rot90(image, -told.rotation // 90, (0, 1)) if told.rotation else image
+
+
+def _record(told: Probe, decoder: str, why: str) -> dict[str, Any]:
+    """Where frames came from and how, in plain values."""
+    record = {
+        "path": str(told.path),
+        "sha256": file_sha256(told.path),
+        "bytes": told.path.stat().st_size,
+        "container": told.container,
+        "codec": told.codec,
+        "pix_fmt": told.pix_fmt,
+        "rotation": told.rotation,
+        "mirrored": told.mirrored,
+        "fps": str(told.fps),
+        "vfr": told.vfr,
+        "decoder": decoder,
+        "version": version("decord" if decoder == "decord" else "av"),
+    }
+    if why:
+        record["why"] = why
+    if told.bits > 8:
+        tags = f"primaries {told.color_primaries}, transfer {told.color_trc}, matrix {told.color_space}"
+        record["converted"] = f"{told.bits} to 8 bits a channel, no tone mapping ({tags})"
+    return record
