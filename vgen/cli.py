@@ -1,0 +1,63 @@
+"""The `vgen` command: its verbs and nouns, and what an error becomes."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from vgen import __version__
+from vgen.commands import checkpoints, doctor, families
+from vgen.commands.errors import close_streams, report
+from vgen.commands.prepare import perform
+from vgen.commands.surface import Root, noun, plain_app, verb_group
+
+VERBS = {
+    "sample": "Text, pictures or clips to clips.",
+    "encode": "Clips to a store of latents.",
+    "finetune": "Train a part of a model.",
+    "train-lora": "Adapt a model with low-rank adapters.",
+    "interpolate": "More frames between the frames of a clip.",
+    "upscale": "A clip to a larger clip.",
+}
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"vgen {__version__}")
+        raise typer.Exit
+
+
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    """One command line for open video diffusion models: vgen VERB FAMILY [INPUT...] [flags]"""
+
+
+def build() -> typer.Typer:
+    """The whole app. Families are imported only where a page or a command needs them."""
+    app = plain_app(cls=Root, add_completion=True)
+    app.callback()(_root)
+    for verb, about in VERBS.items():
+        app.add_typer(plain_app(cls=verb_group(perform), subcommand_metavar="FAMILY ..."), name=verb, help=about)
+    app.command("families", cls=noun(*families.EXAMPLES))(families.run)
+    app.add_typer(checkpoints.app, name="checkpoints", help="The registry: checkpoints named and cached.")
+    app.command("doctor", cls=noun(*doctor.EXAMPLES))(doctor.run)
+    return app
+
+
+def main() -> None:
+    """Run the command line. Every error ends here, as a sentence and an exit code."""
+    try:
+        build()(prog_name="vgen")
+    except Exception as error:
+        sys.exit(report(error))
+    finally:
+        close_streams()
+
+
+if __name__ == "__main__":
+    main()

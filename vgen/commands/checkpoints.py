@@ -1,0 +1,163 @@
+"""`vgen checkpoints`: the checkpoints that cards name and that lie on this disk."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Annotated, Any
+
+import typer
+
+from vgen import cache, registry
+from vgen.commands.families import Json, Quiet
+from vgen.commands.output import Out, mode
+from vgen.commands.surface import Group, noun, plain_app, references
+from vgen.errors import UsageError, VgenError
+from vgen.family import Checkpoint, Family, families, family, installed
+
+
+class Checkpoints(Group):
+    """The group, with its examples."""
+
+    examples = ("vgen checkpoints list", "vgen checkpoints show FAMILY.TAG --json")
+
+
+app = plain_app(cls=Checkpoints)
+
+
+def _families(incomplete: str) -> list[str]:
+    return [name for name in installed() if name.startswith(incomplete)]
+
+
+def _references(incomplete: str) -> list[str]:
+    words = {word for card in families()[0] for word in references(card)}
+    words |= {f"{card.name}.demo" for card in families()[0] if card.demo}
+    return sorted(word for word in words - {"demo"} if word.startswith(incomplete))
+
+
+FamilyName = Annotated[str, typer.Argument(metavar="[FAMILY]", help="Only of this family.", autocompletion=_families)]
+Reference = Annotated[
+    str,
+    typer.Argument(
+        metavar="REFERENCE", help="family.tag, owner/repo[@revision], or a folder.", autocompletion=_references
+    ),
+]
+
+
+@app.command("list", cls=noun("vgen checkpoints list", "vgen checkpoints list --json"))
+def listed(only: FamilyName = "", json: Json = False, quiet: Quiet = False) -> None:
+    """List checkpoints: those that the cards name, and those on this disk."""
+    out = Out(mode(json, quiet), silent=quiet)
+    cards, broken = ([family(only)], []) if only else families()
+    for card in cards:
+        out.table(rows(card), ("checkpoint", "where", "size", "license", "summary"))
+    for error in broken:
+        out.warning(str(error))
+
+
+def rows(card: Family) -> list[dict[str, Any]]:
+    """One row for each checkpoint of a family."""
+    here = list(registry.on_disk(card))
+    found = [
+        _row(card, f"{card.name}.{one.checkpoint.tag}" if one.demo else one.reference, one.checkpoint, one)
+        for one in here
+    ]
+    cached = {one.repo for one in here}
+    return [_row(card, f"{card.name}.{c.tag}", c) for c in card.checkpoints if c.repo not in cached] + found
+
+
+def _row(card: Family, name: str, checkpoint: Checkpoint, found: registry.Found | None = None) -> dict[str, Any]:
+    where = "hub" if found is None else "with vgen" if found.demo else "cached"
+    folder = found.folder if found else None
+    return {
+        "checkpoint": name,
+        "family": card.name,
+        "where": where,
+        "size": _mib(cache.size(folder)) if folder else "",
+        "license": checkpoint.license.partition(" ")[0],
+        "summary": checkpoint.summary,
+        "repo": checkpoint.repo,
+        "folder": str(folder or ""),
+    }
+
+
+def _mib(count: int) -> str:
+    return f"{count / 2**20:.1f} MiB"
+
+
+def find(reference: str) -> tuple[Family, registry.Found]:
+    """The family and the weights that a reference means, without being told the family. Raises UsageError."""
+    owner = next((name for name in installed() if reference.startswith(f"{name}.")), "")
+    if owner:
+        card = family(owner)
+        return card, registry.resolve(card, reference, accelerator=False)
+    cards = families()[0]
+    for card in cards:
+        if any(c.repo and reference.partition("@")[0] == c.repo for c in card.checkpoints):
+            return card, registry.resolve(card, reference, accelerator=False)
+    error: VgenError = UsageError(f"'{reference}' is no checkpoint of any installed family.", registry.GRAMMAR)
+    for card in cards:
+        try:
+            return card, registry.resolve(card, reference, accelerator=False)
+        except VgenError as one:
+            error = one
+    raise error
+
+
+@app.command(cls=noun("vgen checkpoints show FAMILY.demo", "vgen checkpoints show ./my-checkpoint --json"))
+def show(reference: Reference, json: Json = False, quiet: Quiet = False) -> None:
+    """Show what a checkpoint is, where it lies and what it was made for."""
+    card, found = find(reference)
+    one = found.checkpoint
+    told = {
+        "checkpoint": found.reference,
+        "family": card.name,
+        "repo": found.repo,
+        "revision": found.revision,
+        "folder": str(found.folder or ""),
+        "license": one.license,
+        "summary": one.summary,
+        "modes": list(one.modes),
+        "defaults": dict(one.defaults),
+        "rules": {name: asdict(rule) for name, rule in one.rules.items()},
+        "files": sorted(cache.hashes(found.folder).items()) if found.folder else [],
+    }
+    lines = [f"{key}: {_text(value)}" for key, value in told.items() if value and key != "files"]
+    Out(mode(json, quiet)).object({**told, "files": dict(told["files"])}, "\n".join(lines))
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{k}={v}" for k, v in value.items())
+    return ", ".join(value) if isinstance(value, list) else str(value)
+
+
+@app.command(cls=noun("vgen checkpoints verify FAMILY.demo", "vgen checkpoints verify ./my-checkpoint"))
+def verify(reference: Reference, json: Json = False, quiet: Quiet = False) -> None:
+    """Hash the files of a checkpoint and compare with what they should be."""
+    _, found = find(reference)
+    if found.folder is None:
+        raise VgenError(f"{found.reference} is not on this disk.", "The first run that needs it downloads it.")
+    count, faults = cache.verify(found.folder)
+    out = Out(mode(json, quiet), silent=quiet)
+    told = {"checkpoint": found.reference, "folder": str(found.folder), "compared": count}
+    out.object({**told, "faults": [asdict(fault) for fault in faults]}, str(found.folder))
+    if faults:
+        listing = "; ".join(f"{fault.path}: {fault.reason}" for fault in faults)
+        raise VgenError(f"{found.reference} is damaged: {listing}.", "Remove it and fetch it again.")
+    out.say(f"{count} files are as they should be." if count else "No hashes are known for this folder; it is whole.")
+
+
+@app.command(cls=noun("vgen checkpoints remove FAMILY.TAG --yes", "vgen checkpoints remove owner/repo@main --yes"))
+def remove(
+    reference: Reference,
+    yes: Annotated[bool, typer.Option("--yes", help="Delete without asking.")] = False,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Delete a checkpoint from the Hub's cache on this disk."""
+    _, found = find(reference)
+    if not yes:
+        raise UsageError(f"This deletes {found.reference} from the cache.", "Confirm with --yes.")
+    freed = registry.remove(found)
+    told = {"removed": found.reference, "freed": freed}
+    Out(mode(json, quiet), silent=quiet).object(told, f"removed {found.reference}, {_mib(freed)}")

@@ -1,0 +1,177 @@
+"""What every verb does before and after its work: options, checkpoint, paths, plan, errors, exit code."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from vgen import __version__, family, record, registry, settings
+from vgen.commands.errors import explain
+from vgen.commands.output import Out, complain, mode
+from vgen.commands.quiet import hush
+from vgen.commands.surface import HOUSE
+from vgen.errors import UsageError, VgenError
+from vgen.family import Family
+from vgen.options import RunOptions, flag
+
+# What runs each verb: a function of a Job that returns the exit code. It imports torch, so it is imported late.
+ACTS = {
+    "sample": "vgen.commands.sample:run",
+    "encode": "vgen.commands.encode:run",
+    "finetune": "vgen.commands.finetune:run",
+}
+SOURCES = ("input", "inputs", "data")  # options that name existing files or folders, or 'world:COUNT'
+CLIPS = ("sample", "interpolate", "upscale")  # verbs whose output must not exist yet; the others go on in a folder
+
+
+@dataclass
+class Job:
+    """One run of a verb, ready to start. `origins` says where each option's value came from."""
+
+    verb: str
+    card: Family
+    found: registry.Found
+    options: Any
+    origins: dict[str, str]
+    out: Out
+    run: record.Run
+
+    def checkpoint(self) -> dict[str, Any]:
+        """The checkpoint that runs, for records and plans."""
+        one = self.found
+        told = {"reference": one.reference, "tag": one.checkpoint.tag, "license": one.checkpoint.license}
+        return {**told, "repo": one.repo, "revision": one.revision, "folder": str(one.folder or ""), "demo": one.demo}
+
+
+def perform(verb: str, card: Family, given: dict[str, Any]) -> None:
+    """Run a verb of a family with the flags that were given. Ends the process with its exit code."""
+    house = {name: given.pop(name, None) for name in HOUSE}
+    out = Out(mode(bool(house["json"]), bool(house["quiet"])), silent=bool(house["quiet"]))
+    options = None
+    try:
+        job = prepare(verb, card, given, house["config"], out, dry=bool(house["dry_run"]))
+        options = job.options
+        code = show(job) if house["dry_run"] else act(job)
+    except KeyboardInterrupt:
+        complain("Interrupted.")
+        raise typer.Exit(130) from None
+    except Exception as error:
+        raise explain(error, options) from error
+    raise typer.Exit(code)
+
+
+def prepare(verb: str, card: Family, given: dict[str, Any], config: Path | None, out: Out, *, dry: bool) -> Job:
+    """Options from all sources, the checkpoint, and every check that needs no weights. Raises VgenError."""
+    values, origins = settings.gather(card.options(verb), given, os.environ, config)
+    options = card.options(verb)(**values)
+    found = registry.resolve(card, options.checkpoint, accelerator=_accelerated(options.device))
+    if found.note:
+        out.say(found.note)
+    check_inputs(options)
+    options = _filled(card, options, found, origins)
+    if options.seed is None:
+        options.seed, origins["seed"] = secrets.randbelow(2**31), "drawn"
+    if options.output is None:
+        options.output, origins["output"] = default_output(verb, card, options), "named after the run"
+    check_output(verb, options)
+    job = Job(verb, card, found, options, origins, out, record.Run(verb, card.name, {}, {}))
+    if not dry:
+        _fetch(job)
+    job.options.checkpoint = job.found.reference
+    job.run.options, job.run.checkpoint = record.plain(job.options), job.checkpoint()
+    return job
+
+
+def _accelerated(device: str) -> bool:
+    return registry.accelerator() if device == "auto" else device.partition(":")[0] != "cpu"
+
+
+def _filled(card: Family, options: Any, found: registry.Found, origins: dict[str, str]) -> Any:
+    """Options with the checkpoint's defaults, checked against its rules."""
+    full: Any = family.resolve(card, options, found.checkpoint)
+    for field in fields(full):
+        if getattr(full, field.name) != getattr(options, field.name):
+            origins[field.name] = found.reference
+    return full
+
+
+def _fetch(job: Job) -> None:
+    """Have the weights on the disk; a repository that no card names is known, and checked, only then."""
+    if job.found.folder is None:
+        hush()
+        job.out.say(f"Downloading {job.found.reference} ({job.found.repo}) ...")
+        job.found = registry.download(job.card, job.found)
+        job.options = _filled(job.card, job.options, job.found, job.origins)
+
+
+def check_inputs(options: RunOptions) -> None:
+    """Every file that an option names must exist. Raises UsageError."""
+    for name, path in _inputs(options):
+        if not path.exists():
+            raise UsageError(f"{flag(name)} {path}: there is no such file or folder.", "Check the path.")
+
+
+def _inputs(options: RunOptions) -> Iterator[tuple[str, Path]]:
+    for field in fields(options):
+        value = getattr(options, field.name)
+        if isinstance(value, Path) and field.name != "output":
+            yield field.name, value
+        if field.name in SOURCES:
+            given = value if isinstance(value, list) else [value] if value else []
+            yield from ((field.name, Path(one)) for one in given if not one.startswith("world:"))
+
+
+def default_output(verb: str, card: Family, options: Any) -> Path:
+    """Where the result goes when -o is absent, in the current folder."""
+    if verb == "sample":
+        return Path(f"{card.name}-{options.seed}.mp4")
+    if verb == "encode":
+        return Path(f"{card.name}-latents")
+    part = getattr(options, "part", "")
+    return Path("-".join(filter(None, (card.name, part, verb))) + (".mp4" if verb in CLIPS else ""))
+
+
+def check_output(verb: str, options: RunOptions) -> None:
+    """The output can be written, and does not overwrite a clip unasked. Raises UsageError or VgenError."""
+    path = options.output
+    assert path is not None
+    if verb in CLIPS and path.exists() and not options.overwrite:
+        raise UsageError(f"{path} exists.", "Replace it with --overwrite, or choose another name with -o.")
+    if verb not in CLIPS and path.exists() and not path.is_dir():
+        raise UsageError(f"{path} is a file; '{verb}' writes a folder.", "Choose another name with -o.")
+    there = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+    if path != there and not there.is_dir():
+        raise UsageError(f"{path} cannot be written: {there} is a file.", "Choose another name with -o.")
+    if not os.access(there, os.W_OK):
+        raise VgenError(f"{path} cannot be written: no right to write to {there}.", "Choose another place with -o.")
+
+
+def show(job: Job) -> int:
+    """Print the plan of --dry-run: every option, and where its value came from."""
+    values = record.plain(job.options)
+    plan = {"verb": job.verb, "family": job.card.name, "checkpoint": job.checkpoint(), "options": values}
+    lines = [f"{job.verb} {job.card.name}, checkpoint {job.found.reference}" + _where(job.found)]
+    wide, long = max(map(len, values), default=0), max((len(str(v)) for v in values.values()), default=0)
+    lines += [f"  {n.ljust(wide)}  {str(v).ljust(min(long, 40))}  {job.origins[n]}" for n, v in values.items()]
+    job.out.object({**plan, "from": job.origins}, "\n".join(lines))
+    return 0
+
+
+def _where(found: registry.Found) -> str:
+    return f" in {found.folder}" if found.folder else f", to be downloaded from {found.repo}"
+
+
+def act(job: Job) -> int:
+    """Start the work: the first line at once, other libraries' noise away, then the imports that take time."""
+    if job.verb not in ACTS:
+        raise VgenError(f"vgen {__version__} cannot run '{job.verb}' yet.", "A newer vgen may: pip install -U vgen")
+    job.out.say(f"Loading {job.card.name} ({job.found.reference}), seed {job.options.seed} ...")
+    hush()
+    run: Callable[[Job], int] = family.fetch(ACTS[job.verb])
+    return run(job)

@@ -1,0 +1,246 @@
+"""Checkpoints by reference: which weights a run means, where they lie, and how they get there."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from vgen import cache
+from vgen.errors import UsageError, VgenError, did_you_mean
+from vgen.family import Checkpoint, Family, installed
+
+HUB_REFERENCE = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?(:(?P<subfolder>[\w./-]+))?")
+GRAMMAR = "A checkpoint is family.tag, owner/repo[@revision][:subfolder], a folder, or 'demo'."
+
+
+@dataclass(frozen=True)
+class Found:
+    """The weights that a reference means. `folder` is None until they are on the disk.
+
+    `reference` repeats the choice (with the commit, once known); `note` is a line for the user, or nothing.
+    """
+
+    checkpoint: Checkpoint
+    reference: str
+    folder: Path | None = None
+    repo: str = ""
+    revision: str = ""
+    subfolder: str = ""
+    demo: bool = False
+    note: str = ""
+
+
+def accelerator() -> bool:
+    """Whether this machine seems to have a GPU: from device files and variables, without torch."""
+    if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
+        return False
+    apple = sys.platform == "darwin" and os.uname().machine == "arm64"
+    return apple or any(Path(name).exists() for name in ("/dev/nvidia0", "/dev/kfd", "/dev/dxg"))
+
+
+def resolve(card: Family, reference: str | None, *, accelerator: bool) -> Found:
+    """What `reference` means for a family; without one, the default checkpoint, or the demo. Uses no network.
+
+    Raises UsageError for a reference that means nothing, VgenError for a folder that cannot be used.
+    """
+    if reference is None:
+        return _default(card, accelerator)
+    if reference in ("demo", f"{card.name}.demo"):
+        return _demo(card)
+    if Path(reference).expanduser().is_dir():
+        return _local(card, Path(reference).expanduser(), reference)
+    tag = reference.removeprefix(f"{card.name}.")
+    if tag in (one.tag for one in card.checkpoints):
+        return _hub(card, card.checkpoint(tag))
+    match = HUB_REFERENCE.fullmatch(reference)
+    if match and not reference.startswith("."):
+        return _repo(card, match["repo"], match["revision"] or "", match["subfolder"] or "")
+    other = reference.partition(".")[0]
+    if other in installed() and other != card.name:
+        raise UsageError(f"'{reference}' is a checkpoint of '{other}', not of '{card.name}'.", _known(card, tag))
+    if "/" in reference:
+        raise UsageError(f"There is no folder {reference}, and it is no repository of the Hub.", GRAMMAR)
+    raise UsageError(f"'{card.name}' has no checkpoint '{reference}'.", _known(card, tag))
+
+
+def _known(card: Family, tag: str) -> str:
+    near = did_you_mean(tag, [*(c.tag for c in card.checkpoints), "demo"])
+    return f"{near} Or owner/repo, or a folder."
+
+
+def _default(card: Family, accelerator: bool) -> Found:
+    tag = card.default or next((c.tag for c in card.checkpoints), "")
+    found = _hub(card, card.checkpoint(tag)) if tag else None
+    if found and (found.folder or accelerator):
+        return found
+    if card.demo and not cache.missing(card.demo):
+        full = f"--checkpoint {card.name}.{tag} runs the full model" if found else "--checkpoint names another"
+        return replace(_demo(card), note=f"Using the tiny demo checkpoint of {card.name}; {full}.")
+    do = f"Choose one: --checkpoint {card.name}.{tag} (from the Hub)." if found else GRAMMAR
+    raise UsageError(f"'{card.name}' has no demo checkpoint, and none was named.", do)
+
+
+def _demo(card: Family) -> Found:
+    if card.demo is None or cache.missing(card.demo):
+        raise VgenError(f"'{card.name}' ships no demo checkpoint with this installation.", _known(card, ""))
+    return Found(_describe(card, card.demo, "demo"), "demo", card.demo, demo=True)
+
+
+def _local(card: Family, folder: Path, reference: str) -> Found:
+    bad = cache.pickles(folder)
+    if bad:
+        raise VgenError(
+            f"{folder} holds pickled weights ({bad[0]}), which can run any code when they are read.",
+            "Convert them to safetensors: save_pretrained(..., safe_serialization=True).",
+        )
+    lacks = cache.missing(folder)
+    if lacks:
+        raise VgenError(
+            f"{folder} is not a whole checkpoint: it lacks {', '.join(lacks[:4])}.",
+            "A checkpoint is a folder in diffusers' layout: model_index.json and a folder for each component.",
+        )
+    _same_family(card, folder)
+    return Found(_describe(card, folder, folder.name), reference, folder)
+
+
+def _same_family(card: Family, folder: Path) -> None:
+    name = cache.read_json(folder / "vgen.json").get("family", card.name)
+    if name != card.name:
+        raise UsageError(f"{folder} is a checkpoint of '{name}', not of '{card.name}'.", f"Run: vgen ... {name}")
+
+
+def _describe(card: Family, folder: Path, tag: str) -> Checkpoint:
+    """The checkpoint that a folder holds, as its family reads it."""
+    return replace(card.describe(folder), tag=tag) if card.describe else Checkpoint(tag)
+
+
+def _hub(card: Family, checkpoint: Checkpoint) -> Found:
+    """A checkpoint that the card names, wherever its weights are."""
+    if not checkpoint.repo:
+        raise VgenError(f"'{card.name}.{checkpoint.tag}' has no published weights.", _known(card, checkpoint.tag))
+    found = Found(checkpoint, f"{card.name}.{checkpoint.tag}", repo=checkpoint.repo, revision=checkpoint.revision)
+    return _cached(found)
+
+
+def _repo(card: Family, repo: str, revision: str, subfolder: str) -> Found:
+    """A repository of the Hub: one that the card names, or any other."""
+    named = next((c for c in card.checkpoints if c.repo == repo and not subfolder), None)
+    checkpoint = named or Checkpoint(repo.partition("/")[2], repo)
+    checkpoint = replace(checkpoint, revision=revision or checkpoint.revision)
+    reference = f"{repo}@{checkpoint.revision}" + (f":{subfolder}" if subfolder else "")
+    found = _cached(Found(checkpoint, reference, None, repo, checkpoint.revision, subfolder))
+    return found if named or not found.folder else _described(card, found)
+
+
+def _described(card: Family, found: Found) -> Found:
+    """The same, described by its files; for repositories that no card names."""
+    assert found.folder is not None
+    _same_family(card, found.folder)
+    read = _describe(card, found.folder, found.checkpoint.tag)
+    return replace(found, checkpoint=replace(read, repo=found.repo, revision=found.checkpoint.revision))
+
+
+def _cached(found: Found) -> Found:
+    """The same, with its folder and commit if the cache holds all of it."""
+    base = cache.snapshot(found.repo, found.revision)
+    folder = base / found.subfolder if base else None
+    if base is None or folder is None or cache.missing(folder):
+        return found
+    commit = cache.commit(base)
+    pinned = f"{found.repo}@{commit}" + (f":{found.subfolder}" if found.subfolder else "")
+    return replace(found, folder=folder, revision=commit, reference=pinned)
+
+
+def download(card: Family, found: Found) -> Found:
+    """The same, with its weights on the disk, checked against the Hub's hashes. Raises VgenError.
+
+    HF_ENDPOINT, HF_TOKEN, HF_HUB_OFFLINE and HF_HOME are honoured.
+    """
+    if found.folder:
+        return found
+    inside = f"{found.subfolder}/" if found.subfolder else ""
+    base = _fetch(found, [f"{inside}{pattern}" for pattern in cache.SAFE])
+    there = _cached(replace(found, revision=cache.commit(base)))
+    if there.folder is None:
+        lacks = cache.missing(base / found.subfolder)
+        raise VgenError(
+            f"{found.reference} is not a whole checkpoint in safetensors: it lacks {', '.join(lacks[:4])}.",
+            "A repository of pickled weights (.bin, .ckpt) is not loaded: they can run any code when they are read.",
+        )
+    faults = cache.verify(base)[1]
+    if faults:
+        raise VgenError(
+            f"{found.reference} arrived damaged: {faults[0].path}: {faults[0].reason}",
+            f"Run: vgen checkpoints remove {found.reference} --yes, and again.",
+        )
+    return there if any(c.repo == found.repo for c in card.checkpoints) else _described(card, there)
+
+
+def _fetch(found: Found, patterns: list[str]) -> Path:
+    """huggingface_hub's download, with its errors in our words."""
+    from huggingface_hub import errors as hub
+    from huggingface_hub import snapshot_download
+
+    page = f"{os.environ.get('HF_ENDPOINT', 'https://huggingface.co')}/{found.repo}"
+    try:
+        return Path(snapshot_download(found.repo, revision=found.revision, allow_patterns=patterns))
+    except hub.GatedRepoError as error:
+        raise VgenError(
+            f"{found.repo} is gated: its owner wants you to agree to terms first.",
+            f"Agree at {page}, then log in: hf auth login (or set HF_TOKEN).",
+        ) from error
+    except hub.RepositoryNotFoundError as error:
+        raise VgenError(
+            f"{found.repo} does not exist on the Hub, or is private.",
+            "Check the name; for a private one log in: hf auth login (or set HF_TOKEN).",
+        ) from error
+    except hub.RevisionNotFoundError as error:
+        raise VgenError(
+            f"{found.repo} has no revision '{found.revision}'.", f"Its branches and tags: {page}/tree/main"
+        ) from error
+    except (hub.LocalEntryNotFoundError, hub.OfflineModeIsEnabled) as error:
+        raise VgenError(
+            f"{found.reference} is not in the cache ({cache.hub()}), and {_why_not()}.", _offline()
+        ) from error
+    except hub.HfHubHTTPError as error:
+        raise VgenError(f"The Hub refused {found.repo}: {error}", _offline()) from error
+
+
+def _why_not() -> str:
+    offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
+    return "HF_HUB_OFFLINE is set" if offline else "the Hub cannot be reached"
+
+
+def _offline() -> str:
+    return "Run once with a network, or name a folder with --checkpoint DIR, or the small one with --checkpoint demo."
+
+
+def on_disk(card: Family) -> Iterator[Found]:
+    """The checkpoints of a family that need no download: the demo, and those in the Hub's cache."""
+    if card.demo and not cache.missing(card.demo):
+        yield _demo(card)
+    named = {c.repo: c for c in card.checkpoints}
+    for repo, folder in cache.snapshots():
+        told = cache.read_json(folder / "vgen.json").get("family")
+        if cache.missing(folder) or (repo not in named and told != card.name):
+            continue
+        sha = cache.commit(folder)
+        checkpoint = named.get(repo) or replace(_describe(card, folder, repo.partition("/")[2]), repo=repo)
+        yield Found(checkpoint, f"{repo}@{sha}", folder, repo, sha)
+
+
+def remove(found: Found) -> int:
+    """Delete a checkpoint from the Hub's cache; returns the bytes freed. Raises UsageError for any other folder."""
+    base = cache.snapshot(found.repo, found.revision) if found.repo else None
+    if base is None:
+        where = f"It lies in {found.folder}, outside the cache." if found.folder else "It is not on this disk."
+        raise UsageError(f"'{found.reference}' is not in the Hub's cache.", where)
+    from huggingface_hub import scan_cache_dir
+
+    plan = scan_cache_dir(cache.hub()).delete_revisions(base.name)
+    plan.execute()
+    return int(plan.expected_freed_size)
