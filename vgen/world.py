@@ -12,11 +12,14 @@ from __future__ import annotations
 
 import math
 import random
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from functools import reduce
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
+
+from vgen.errors import UsageError, did_you_mean
 
 Variety = Literal["plain", "full"]
 Split = Literal["train", "held-out"]
@@ -31,17 +34,9 @@ COLOURS: dict[str, RGB] = {
 }
 BROWN: RGB = (150, 92, 48)  # the teddy bear, and nothing else
 OBJECTS = ("ball", "box", "triangle", "star", "teddy bear")
-PLAIN_MOTIONS = (
-    "standing still",
-    "moving left",
-    "moving right",
-    "rising",
-    "falling",
-    "growing",
-    "shrinking",
-    "skating",
-)
-MOTIONS = (*PLAIN_MOTIONS, "bouncing", "spinning")
+PLAIN = ("standing still", "moving left", "moving right", "rising", "falling", "growing", "shrinking", "skating")
+FULL = (*PLAIN, "bouncing", "spinning")  # the motions of each variety
+MOTIONS = FULL
 BACKGROUNDS = ("dark", "light", "ice", "textured")
 CAMERAS = ("static", "pan left", "pan right", "tilt up", "tilt down", "zoom in", "zoom out")
 
@@ -53,7 +48,7 @@ SPIN = math.pi  # how far a spinning object turns
 SWAY = 0.2  # how far a skating bear leans to either side, in radians
 SWAYS = 1.5  # how often it does so
 HORIZON = -0.04  # where the ice begins
-REACH = 1.22  # the farthest point of any object, in units of half its size
+REACH = 1.28  # the farthest point of any object, with a margin, in units of half its size
 
 CREAM, INK, STEEL = (238, 208, 160), (38, 26, 22), (70, 74, 86)
 DIRECTIONS = {"moving left": (-1, 0), "moving right": (1, 0), "rising": (0, -1), "falling": (0, 1), "skating": (1, 0)}
@@ -100,10 +95,10 @@ def held_out(colour: str, object: str, motion: str) -> bool:
 
     Every pair of two attributes stays in the training clips. The bear, which has one colour, holds nothing out.
     """
-    if object == "teddy bear" or motion not in PLAIN_MOTIONS or motion == "skating":
+    if object == "teddy bear" or motion not in PLAIN or motion == "skating":
         return False
     place = list(COLOURS).index(colour) + 2 * OBJECTS.index(object)
-    return PLAIN_MOTIONS.index(motion) == place % (len(PLAIN_MOTIONS) - 1)
+    return PLAIN.index(motion) == place % (len(PLAIN) - 1)
 
 
 def _pick(rng: random.Random, options: list[str] | tuple[str, ...]) -> str:
@@ -112,7 +107,7 @@ def _pick(rng: random.Random, options: list[str] | tuple[str, ...]) -> str:
 
 def _triple(rng: random.Random, variety: Variety, split: Split) -> tuple[str, str, str]:
     """Colour, object and motion: one clip in eight skates, and about one in four shows the bear."""
-    motions = [m for m in (MOTIONS if variety == "full" else PLAIN_MOTIONS) if m != "skating"]
+    motions = [m for m in (FULL if variety == "full" else PLAIN) if m != "skating"]
     if split == "held-out":
         colour, thing = _pick(rng, tuple(COLOURS)), _pick(rng, OBJECTS[:4])
         return colour, thing, next(m for m in motions if held_out(colour, thing, m))
@@ -135,7 +130,13 @@ def _stage(rng: random.Random, motion: str, variety: Variety) -> tuple[str, str]
 
 
 def scene(seed: int, index: int, *, variety: Variety = "plain", split: Split = "train") -> Scene:
-    """The scene of that number. Pure; `split` says on which side of `held_out` its triple lies."""
+    """The scene of that number. Pure; `split` says on which side of `held_out` its triple lies.
+
+    Raises UsageError for an unknown variety or split.
+    """
+    for word, known in ((variety, get_args(Variety)), (split, get_args(Split))):
+        if word not in known:
+            raise UsageError(f"The world has no '{word}'.", did_you_mean(word, known))
     rng = random.Random(f"scene/{seed}/{index}/{variety}/{split}")
     colour, thing, motion = _triple(rng, variety, split)
     background, camera = _stage(rng, motion, variety)
@@ -148,10 +149,10 @@ def scene(seed: int, index: int, *, variety: Variety = "plain", split: Split = "
         size = rng.uniform(0.46, 0.54)
     elif motion in ("growing", "shrinking"):
         size *= 0.88
-    numbers = {"size": size, "travel": travel, "phase": rng.random(), "tone": rng.uniform(-1, 1)}
-    draft = Scene(colour, thing, motion, background, camera, x=0.0, y=0.0, **numbers)
+    phase, tone = rng.random(), rng.uniform(-1, 1)
+    draft = Scene(colour, thing, motion, background, camera, 0.0, 0.0, size, travel, phase, tone)
     x, y = _room(draft, rng.random(), rng.random())
-    return Scene(colour, thing, motion, background, camera, x=x, y=y, **numbers)
+    return replace(draft, x=x, y=y)
 
 
 def _room(draft: Scene, across: float, down: float) -> tuple[float, float]:
@@ -208,10 +209,7 @@ def _ellipse(x: Tensor, y: Tensor, cx: float | Tensor, cy: float | Tensor, rx: f
 
 
 def _union(*shapes: Tensor) -> Tensor:
-    joined = shapes[0]
-    for shape in shapes[1:]:
-        joined = torch.minimum(joined, shape)
-    return joined
+    return reduce(torch.minimum, shapes)
 
 
 def _star(x: Tensor, y: Tensor, outer: float = 1.18, inner: float = 0.6) -> Tensor:
@@ -249,7 +247,7 @@ def _bear(x: Tensor, y: Tensor, stride: Tensor | None) -> list[tuple[Tensor, RGB
         left, right = stride.clamp(min=0), (-stride).clamp(min=0)
         feet = ((-0.3 - 0.22 * left, 0.84 - 0.1 * left), (0.3 + 0.22 * right, 0.84 - 0.1 * right))
         legs = _union(*(_ellipse(x, y, fx, fy, 0.24, 0.24) for fx, fy in feet))
-        blades = _union(*(torch.maximum((x - fx - 0.05).abs() - 0.32, (y - fy - 0.27).abs() - 0.05) for fx, fy in feet))
+        blades = _union(*(torch.maximum((x - fx - 0.05).abs() - 0.25, (y - fy - 0.27).abs() - 0.05) for fx, fy in feet))
         layers.append((blades, STEEL))
         soles = torch.full_like(x, 9.0)
     ears = _ellipse(side, y, 0.5, -0.84, 0.25, 0.25)
@@ -291,7 +289,7 @@ def _backdrop(scene: Scene, x: Tensor, y: Tensor, unit: int) -> Tensor:
         grain = torch.zeros_like(x)
         for k in range(3):
             angle = math.pi * (scene.phase + k / 3 + 0.05 * scene.tone)
-            wave = 2 * math.pi * (2.2 + 0.9 * ((k + scene.phase * 3) % 3))
+            wave = 2 * math.pi * (1.3 + 0.7 * ((k + scene.phase * 3) % 3))
             grain = grain + (wave * (x * math.cos(angle) + y * math.sin(angle)) + 40 * scene.phase * (k + 1)).sin()
         return _rgb((128, 132, 140)) + 0.07 * grain + 0.03 * scene.tone
     if scene.background == "ice":
@@ -304,7 +302,15 @@ def _backdrop(scene: Scene, x: Tensor, y: Tensor, unit: int) -> Tensor:
 
 
 def render(scene: Scene, num_frames: int = FRAMES, height: int = 64, width: int = 64) -> tuple[Tensor, Tensor]:
-    """Draw a scene: pixels (3, T, H, W) in [-1, 1] and how much the object covers them (T, H, W) in [0, 1]."""
+    """Draw a scene: pixels (3, T, H, W) in [-1, 1] and how much the object covers them (T, H, W) in [0, 1].
+
+    Raises UsageError for less than one frame or 32 pixels.
+    """
+    if num_frames < 1 or min(height, width) < 32:
+        raise UsageError(
+            f"The world cannot be drawn as {num_frames} frames of {height}x{width}.",
+            "It takes at least one frame and 32 pixels a side.",
+        )
     unit = min(height, width)
     u = torch.arange(num_frames) / max(FRAMES - 1, num_frames - 1)
     px = ((torch.arange(width) + 0.5 - width / 2) / unit).view(1, 1, width)
@@ -320,7 +326,7 @@ def render(scene: Scene, num_frames: int = FRAMES, height: int = 64, width: int 
         zoom, cam_x, cam_y = (v.view(-1, 1, 1) for v in camera_path(scene.camera, u))
         back = _backdrop(scene, px / zoom + cam_x + 0 * py, py / zoom + cam_y + 0 * px, unit)
     if scene.background == "ice":
-        back = back * (1 - 0.3 * (0.5 - 2 * _ellipse(dx, dy, 0.0, 1.12, 0.75, 0.12)).clamp(0, 1))  # its shadow
+        back = back * (1 - 0.3 * (0.5 - 5 * _ellipse(dx, dy, 0.0, 1.14, 0.7, 0.12)).clamp(0, 1))  # its shadow
     pixels = torch.lerp(back.expand_as(front), front, cover.expand_as(front))
     return pixels.clamp(0, 1) * 2 - 1, cover
 
