@@ -69,7 +69,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def _move(temporary: Path, path: Path) -> None:
-    """Give `temporary` its name. A folder cannot replace a full one, so the old one steps aside and comes back on failure."""
+    """Give `temporary` its name. A folder cannot replace a full one: the old one steps aside, and back on failure."""
     if not temporary.is_dir() or not path.exists():
         temporary.replace(path)
         return

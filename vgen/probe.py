@@ -13,6 +13,7 @@ import struct
 from collections.abc import Iterable
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import pairwise
 from pathlib import Path
 from typing import IO, Any
 
@@ -207,11 +208,11 @@ def _describe(path: Path, name: str, container: Any, stream: Any, first: Any, pa
     context, tick = stream.codec_context, Fraction(stream.time_base)
     stamped = name != "avi" and all(p.pts is not None for p in packets)
     ticks, length = _shown(packets, stamped)
-    if any(a >= b for a, b in zip(ticks, ticks[1:], strict=False)):
+    if any(a >= b for a, b in pairwise(ticks)):
         raise BadClip(path, "two of its frames carry the same time stamp")
     pts = tuple(tick * t for t in ticks) if stamped or name == "avi" else _counted(stream, len(packets))
     fps = _rate(stream, pts, tick)
-    vfr = any(abs(b - a - 1 / fps) > max(tick, 1 / fps / 20) for a, b in zip(pts, pts[1:], strict=False))
+    vfr = any(abs(b - a - 1 / fps) > max(tick, 1 / fps / 20) for a, b in pairwise(pts))
     rotation, mirrored = _orientation(path, first)
     aspect = Fraction(stream.sample_aspect_ratio or 1) or Fraction(1)
     turned = rotation % 180 == 90
