@@ -202,16 +202,12 @@ def _evenly(steps: int) -> Tensor:
 
 def scaled_linear(start: float = 8.5e-4, end: float = 1.2e-2, n: int = 1000) -> Tensor:
     """abar of Stable Diffusion's schedule, (n,): beta is linear in its square root."""
-    return _abar(torch.linspace(start**0.5, end**0.5, n, dtype=torch.float64) ** 2)
+    return (1 - torch.linspace(start**0.5, end**0.5, n, dtype=torch.float64) ** 2).cumprod(0)
 
 
 def linear(start: float = 1e-4, end: float = 2e-2, n: int = 1000) -> Tensor:
     """abar of DDPM's and DiT's schedule, (n,): beta is linear."""
-    return _abar(torch.linspace(start, end, n, dtype=torch.float64))
-
-
-def _abar(beta: Tensor) -> Tensor:
-    return (1 - beta).cumprod(0)
+    return (1 - torch.linspace(start, end, n, dtype=torch.float64)).cumprod(0)
 
 
 def snr_shift(abar: Tensor, k: float) -> Tensor:
@@ -234,6 +230,7 @@ _SCHEDULES = {"scaled_linear": scaled_linear, "linear": linear}
 _KINDS: dict[str, Kind] = {"epsilon": "eps", "v_prediction": "v", "sample": "x0"}
 # What else a scheduler may ask for, and the only value of it that a Discrete process can honour.
 _PLAIN = {"trained_betas": None, "clip_sample": False, "thresholding": False, "use_karras_sigmas": False}
+_EDIT = "Edit the checkpoint's scheduler/scheduler_config.json, or take another checkpoint."
 _LINSPACE = ("Euler", "DPMSolver", "LMS", "Heun", "KDPM2", "UniPC", "DEIS")  # their spacing where none is written
 
 
@@ -265,9 +262,6 @@ def kind_of_scheduler_config(config: Mapping[str, Any]) -> Kind:
     if name not in _KINDS:
         raise VgenError(f"vgen does not know the prediction type '{name}'.", did_you_mean(name, _KINDS))
     return _KINDS[name]
-
-
-_EDIT = "Edit the checkpoint's scheduler/scheduler_config.json, or take another checkpoint."
 
 
 def _setting(config: Mapping[str, Any], key: str) -> Any:
@@ -352,9 +346,9 @@ def call(predict: Predict, process: Process, x: Tensor, t: Tensor, cond: Conditi
 def denoiser(predict: Predict, process: Process, kind: Kind, cond: Conditions) -> Denoise:
     """denoise(x, t) -> x0, the one function that samplers and wrappers know.
 
-    Raises VgenError for output "eps" at zero terminal SNR, where the noise says nothing about the data.
+    Raises VgenError for output "eps" where sampling starts without signal: the noise says nothing about the data.
     """
-    if kind == "eps" and isinstance(process, Discrete) and process.abar[-1] == 0:
+    if kind == "eps" and process.level(process.times(2))[0][0] == 0:
         raise VgenError("A network that predicts noise cannot start from zero signal.", "Its output should be 'v'.")
 
     def denoise(x: Tensor, t: Tensor) -> Tensor:
