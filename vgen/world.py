@@ -43,7 +43,7 @@ CAMERAS = ("static", "pan left", "pan right", "tilt up", "tilt down", "zoom in",
 FRAMES = 17  # that show the whole motion at its natural speed
 GROWTH = 1.7  # how many times larger a growing object becomes
 ZOOM = 1.35  # how many times larger a zoom makes everything
-PAN = 0.24  # how far the camera travels
+PAN = 0.22  # how far the camera travels
 SPIN = math.pi  # how far a spinning object turns
 SWAY = 0.2  # how far a skating bear leans to either side, in radians
 SWAYS = 1.5  # how often it does so
@@ -141,8 +141,8 @@ def scene(seed: int, index: int, *, variety: Variety = "plain", split: Split = "
     colour, thing, motion = _triple(rng, variety, split)
     background, camera = _stage(rng, motion, variety)
     still = camera == "static"
-    size = rng.uniform(0.38, 0.5) if still else rng.uniform(0.36, 0.42)
-    travel = rng.uniform(0.3, 0.4) if still else rng.uniform(0.24, 0.28)
+    size = rng.uniform(0.38, 0.5) if still else rng.uniform(0.36, 0.4)
+    travel = rng.uniform(0.3, 0.4) if still else rng.uniform(0.22, 0.26)
     if motion == "bouncing":
         travel *= 0.4
     elif motion == "skating":
