@@ -266,9 +266,11 @@ def test_sampling_can_start_in_the_middle() -> None:
     assert torch.corrcoef(torch.stack([x0, clip]))[0, 1] > 0.1
 
 
-def test_eta_without_noise_is_refused() -> None:
+def test_eta_out_of_range_or_without_noise_is_refused() -> None:
     with pytest.raises(VgenError, match="eta"):
         S.ddim(lambda x, t: x, randn(2), SD.times(2), SD, eta=0.5)
+    with pytest.raises(VgenError, match="0 to 1"):
+        S.ddim(lambda x, t: x, randn(2), SD.times(2), SD, eta=1.5, noise=noise_for(randn(2)))
 
 
 # --- parity with diffusers ----------------------------------------------------------------------------------------

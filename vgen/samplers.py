@@ -86,8 +86,10 @@ def ddim(
 ) -> Tensor:
     """DDIM (Song et al. 2021, equation 12): `eta` 0 is deterministic, 1 is DDPM.
 
-    Raises VgenError for an eta without noise.
+    Raises VgenError for an eta outside 0 to 1, or above 0 without noise.
     """
+    if not 0 <= eta <= 1:
+        raise VgenError(f"DDIM's eta is from 0 to 1, not {eta}.")
     if eta and noise is None:
         raise VgenError("DDIM with eta above 0 adds noise, and was given none.", "Pass noise=clip_noise(...).")
     for m in _moves(times, process):
