@@ -23,8 +23,6 @@ from vgen import tensorfile
 from vgen.errors import VgenError
 from vgen.files import cache_folder, explained, replacing
 from vgen.tensorfile import Damaged, Header, Source, digest, dumps
-from vgen.tensorfile import load_tensors as load_tensors
-from vgen.tensorfile import save_tensors as save_tensors
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor, nn
@@ -76,7 +74,7 @@ class Space:
         try:
             values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in told.items()}
             return cls(**values)
-        except TypeError as error:
+        except (TypeError, AttributeError) as error:
             raise VgenError(f"This is not a latent space: {dumps(told)[:200]}.") from error
 
 
@@ -157,30 +155,37 @@ def file_hash(where: Path, *, variant: str | None = None) -> str:
     """The identity of weights as stored: of a safetensors file, or of a diffusers or transformers folder.
 
     A folder's config.json counts, less what does not change the output. `variant` picks "<name>.<variant>.safetensors".
-    Streams the file; the answer is kept in the cache folder by path, size and time. Raises NoFile, Damaged, VgenError.
+    Streams the files; the answer is kept in the cache folder by path, size and time. Raises NoFile, Damaged, VgenError.
     """
     files = [where] if where.is_file() else _weight_files(where, variant)
     configs = [] if where.is_file() else [path for path in [where / "config.json"] if path.exists()]
     with explained(f"read {where}"):
         stats = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in files + configs]
-        config = json.loads(configs[0].read_text(encoding="utf-8")) if configs else {}
     kept = cache_folder() / "hashes" / hashlib.sha256(dumps(stats).encode()).hexdigest()[:32]
     with contextlib.suppress(OSError, UnicodeDecodeError):
-        answer = kept.read_text()
+        answer = kept.read_text(encoding="ascii")
         if len(answer) == 64:
             return answer
     hashes = {}
     for head in map(tensorfile.header, files):
         for name, entry in head.entries.items():
-            sha = digest(tensorfile.chunks(head, name))
-            hashes[name] = f"{entry.dtype} {list(entry.shape)} {sha}"
-    answer = _combined(hashes, config)
-    with (
-        contextlib.suppress(VgenError),
-        tensorfile.replacing(kept) as file,
-    ):  # a cache that cannot be written is no harm
+            hashes[name] = f"{entry.dtype} {list(entry.shape)} {digest(tensorfile.chunks(head, name))}"
+    answer = _combined(hashes, _settings(configs[0]) if configs else {})
+    with contextlib.suppress(VgenError), replacing(kept) as file:  # without the cache it is computed again
         file.write(answer.encode())
     return answer
+
+
+def _settings(path: Path) -> dict[str, Any]:
+    """A JSON object from a checkpoint. Raises Damaged, VgenError."""
+    try:
+        with explained(f"read {path}"):
+            told = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(told, dict):
+            return told
+    except ValueError as error:
+        raise Damaged(f"{path} is not JSON: {error}.", "Fetch the checkpoint again.") from error
+    raise Damaged(f"{path} is not a JSON object.", "Fetch the checkpoint again.")
 
 
 def _weight_files(folder: Path, variant: str | None) -> list[Path]:
@@ -191,7 +196,7 @@ def _weight_files(folder: Path, variant: str | None) -> list[Path]:
             return [folder / (stem + end)]
         index = folder / f"{stem}.safetensors.index{f'.{variant}' if variant else ''}.json"
         if index.exists():
-            shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+            shards = _settings(index).get("weight_map", {}).values()
             return [folder / Path(name).name for name in sorted(set(shards))]
     alone = sorted(folder.glob("*.safetensors"))
     if len(alone) == 1 and not variant:

@@ -37,7 +37,7 @@ T = TypeVar("T")
 
 
 def key(source_sha256: str, transform: Mapping[str, Any], space_id: str) -> str:
-    """The key of a clip, 32 hex digits: its source's content, the exact transform (frames, size, crop ...), the space."""
+    """The key of a clip, 32 hex digits: its source's content, exact transform (frames, crop ...) and space."""
     return hashlib.sha256(dumps([source_sha256, transform, space_id]).encode()).hexdigest()[:32]
 
 
