@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from vgen.errors import UsageError, VgenError
-from vgen.outputs import check_output, replacing
+from vgen.outputs import check_output, sheet_of, spread, whole
 from vgen.probe import probe
 from vgen.video import frames, read
 from vgen.video_write import contact_sheet, read_metadata, write
@@ -124,7 +124,7 @@ from vgen.errors import VgenError
 from vgen.video_write import write
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
-noise = torch.randint(0, 255, (30, 128, 128, 3), dtype=torch.uint8)
+noise = torch.randint(0, 255, (8, 96, 96, 3), dtype=torch.uint8)
 for name in ("a.mp4", "a.webm", "a.gif", "a"):
     try:
         write(f"{sys.argv[1]}/{name}", noise, Fraction(8))
@@ -135,17 +135,17 @@ for name in ("a.mp4", "a.webm", "a.gif", "a"):
 
 def test_a_disk_that_refuses_is_told_and_leaves_nothing(tmp_path: Path) -> None:
     run = subprocess.run([sys.executable, "-c", FULL, str(tmp_path)], capture_output=True, text=True, check=True)
-    assert run.stdout.count("larger than a file may be") == 4
+    assert run.stdout.count("File too large") == 4
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_full_disk_is_named(tmp_path: Path) -> None:
     def half_way() -> None:
-        with replacing(tmp_path / "a.bin") as temporary:
+        with whole(tmp_path / "a.bin") as temporary:
             temporary.write_bytes(b"something")
             raise OSError(errno.ENOSPC, "No space left on device")
 
-    with pytest.raises(VgenError, match="disk is full"):
+    with pytest.raises(VgenError, match="Free some space"):
         half_way()
     assert list(tmp_path.iterdir()) == []
 
@@ -197,6 +197,13 @@ def test_outputs_are_checked_before_work(tmp_path: Path) -> None:
     with pytest.raises(VgenError, match="is not a folder"):
         check_output(tmp_path / "file" / "a.mp4")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.mp4", "file"]
+
+
+def test_names_of_several_outputs_and_of_a_sheet() -> None:
+    assert spread(Path("o/a.mp4"), 1) == [Path("o/a.mp4")]
+    assert spread(Path("o/a.mp4"), 11)[:2] == [Path("o/a-00.mp4"), Path("o/a-01.mp4")]
+    assert spread(Path("o/a"), 2) == [Path("o/a-0"), Path("o/a-1")]
+    assert sheet_of(Path("o/a.mp4")) == Path("o/a.sheet.png")
 
 
 def test_outputs_need_no_heavy_import() -> None:

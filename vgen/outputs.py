@@ -1,8 +1,7 @@
-"""Where a result may be written, and how it gets there whole or not at all. Standard library only."""
+"""Where a result may be written, and how it gets there whole or not at all. No torch, so that a dry run can ask."""
 
 from __future__ import annotations
 
-import errno
 import os
 import secrets
 import shutil
@@ -11,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from vgen.errors import UsageError, VgenError, did_you_mean
+from vgen.files import explained, make_folder, sync_folder
 
 VIDEOS = (".mp4", ".webm", ".gif")
 LATENTS = ".safetensors"
@@ -22,7 +22,7 @@ def check_output(path: Path | str, overwrite: bool = False) -> str:
     """What will be written at `path`: ".mp4", ".webm", ".gif", ".safetensors" or "" for a folder of PNGs.
 
     Raises UsageError for another extension or an output that exists, VgenError for a folder that cannot be
-    written to. Creates nothing, so that a dry run can ask.
+    written to. Creates nothing.
     """
     text, path = str(path), Path(path)
     kind = "" if text.endswith(("/", os.sep)) or path.is_dir() else path.suffix.lower()
@@ -44,28 +44,41 @@ def check_output(path: Path | str, overwrite: bool = False) -> str:
     return kind
 
 
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A temporary name beside `path`, for a file or a folder; moved to `path` when the block ends well.
+def spread(path: Path, count: int) -> list[Path]:
+    """The outputs of `count` clips: `path` for one, else NAME-0, NAME-1 ... beside it."""
+    if count == 1:
+        return [path]
+    width = len(str(count - 1))
+    return [path.with_name(f"{path.stem}-{k:0{width}d}{path.suffix}") for k in range(count)]
 
-    Missing parent folders are made. What was written is on the disk before it takes the name, and after any failure the
-    temporary is gone and what was at `path` is untouched. Raises VgenError where the disk refuses.
+
+def sheet_of(path: Path) -> Path:
+    """Where the contact sheet of an output goes."""
+    return path.with_name(f"{path.stem}.sheet.png")
+
+
+@contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """A temporary name beside `path`, for a file or a folder; moved to `path` when the body ends well.
+
+    For what needs a name while it is written; `files.replacing` is for the rest. Parent folders are made. What was
+    written is on the disk before it takes the name; after a failure the temporary is gone and what was at `path` is
+    untouched. Raises VgenError where the disk refuses.
     """
-    temporary = path.parent / f"{_MARK}{os.getpid()}-{secrets.token_hex(4)}{path.suffix.lower()}"
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        for file in sorted(temporary.iterdir()) if temporary.is_dir() else [temporary]:
-            _sync(file)
-        _move(temporary, path)
-        _sync(path.parent)
-    except OSError as error:
-        raise _refused(path, error) from error
-    finally:
-        if temporary.is_dir():
-            shutil.rmtree(temporary, ignore_errors=True)
-        else:
-            temporary.unlink(missing_ok=True)
+    temporary = path.parent / f"{_MARK}{secrets.token_hex(8)}{path.suffix.lower()}"
+    with explained(f"write {path}"):
+        try:
+            make_folder(path.parent)
+            yield temporary
+            for file in sorted(temporary.iterdir()) if temporary.is_dir() else [temporary]:
+                _sync(file)
+            _move(temporary, path)
+            sync_folder(path.parent)
+        finally:
+            if temporary.is_dir():
+                shutil.rmtree(temporary, ignore_errors=True)
+            else:
+                temporary.unlink(missing_ok=True)
 
 
 def _move(temporary: Path, path: Path) -> None:
@@ -81,15 +94,6 @@ def _move(temporary: Path, path: Path) -> None:
         aside.rename(path)
         raise
     shutil.rmtree(aside, ignore_errors=True)
-
-
-def _refused(path: Path, error: OSError) -> VgenError:
-    """An error of the disk in words."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return VgenError(f"The disk is full: '{path}' could not be written.", "Free some space and run again.")
-    if error.errno == errno.EFBIG:
-        return VgenError(f"'{path}' is larger than a file may be here.", "Raise the limit (ulimit -f) and run again.")
-    return VgenError(f"'{path}' could not be written: {error.strerror or error}.", "Name another output.")
 
 
 def _only_ours(folder: Path) -> bool:
@@ -109,11 +113,6 @@ def _check_writable(path: Path) -> None:
 
 
 def _sync(path: Path) -> None:
-    """Bring a file or a folder to the disk."""
-    if os.name == "nt" and path.is_dir():
-        return  # Windows opens no folders
-    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    """Bring a file to the disk."""
+    with path.open("r+b") as file:
+        os.fsync(file.fileno())

@@ -6,6 +6,7 @@ Shapes: T frames, H height, W width; RGB is the last axis, uint8.
 from __future__ import annotations
 
 import hashlib
+import math
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from torch import Tensor
 from vgen.errors import UsageError
 from vgen.probe import BadClip, Probe, open_video, probe, video_stream
 
-__all__ = ["BadClip", "Clip", "Probe", "file_sha256", "frames", "probe", "read"]
+__all__ = ["BadClip", "Clip", "Probe", "available", "file_sha256", "frames", "probe", "read"]
 
 _SWS = {1: 1, 4: 4, 5: 5, 6: 5, 7: 7, 9: 9, 10: 9}  # H.273 matrix -> swscale's; it takes an untagged clip for BT.601
 _SEEKABLE = ("mp4", "matroska")
@@ -56,12 +57,12 @@ def read(
     if every < 1 or start < 0 or (fps is not None and fps <= 0) or (num_frames is not None and num_frames < 1):
         raise UsageError("To read a clip: every >= 1, start >= 0, fps > 0 and num_frames >= 1.")
     told = seen or probe(path)
-    rate = told.fps if fps is None else Fraction(fps).limit_denominator(100_000)
-    chosen = _choose(told, None if fps is None else rate, start, every, num_frames)
-    pixels, decoder, why = _take(told, sorted(set(chosen)))
-    order = {index: k for k, index in enumerate(sorted(set(chosen)))}
-    if len(order) != len(chosen):
-        pixels = pixels[[order[index] for index in chosen]]
+    rate = told.fps if fps is None else _rational(fps)
+    chosen = _choose(told, fps, start, every, num_frames)
+    wanted = sorted(set(chosen))
+    pixels, decoder, why = _take(told, wanted)
+    if len(wanted) != len(chosen):
+        pixels = pixels[[bisect_left(wanted, index) for index in chosen]]
     return Clip(pixels, tuple(told.pts[i] for i in chosen), rate / every, _record(told, decoder, why))
 
 
@@ -78,29 +79,42 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _choose(told: Probe, fps: Fraction | None, start: float, every: int, count: int | None) -> list[int]:
-    """Numbers of the frames to take. Raises BadClip where there are too few.
+def available(told: Probe, fps: Fraction | float | None = None, *, start: float = 0.0, every: int = 1) -> int:
+    """How many frames `read` can give."""
+    return len(_times(told, fps, start, every, None))
+
+
+def _rational(fps: Fraction | float) -> Fraction:
+    """A rate given on a command line as the fraction that was meant: 23.976 stays 2997/125."""
+    return Fraction(fps).limit_denominator(100_000)
+
+
+def _times(told: Probe, fps: Fraction | float | None, start: float, every: int, count: int | None) -> list[int]:
+    """Numbers of the frames shown at start, start + every / fps ..., at most `count` of them.
 
     Stamps are rounded to ticks (a millisecond in Matroska), so a frame counts as shown a twentieth of a frame
     early; else 30 fps asked of 30 fps would now and then show one frame twice and skip the next.
     """
-    begin = told.pts[0] + Fraction(start)
     slack = 1 / told.fps / 20
-    end = told.pts[0] + told.duration - slack
+    begin, end = told.pts[0] + Fraction(start), told.pts[0] + told.duration - slack
+    if begin >= end:
+        return []
     if fps is None:
-        chosen = list(range(max(bisect_right(told.pts, begin + slack) - 1, 0), len(told.pts), every))
-        if begin >= end:
-            chosen = []
-    else:
-        steps = max(0, -((begin - end) * fps // every))
-        steps = min(int(steps), count) if count else int(steps)
-        chosen = [bisect_right(told.pts, begin + k * every / fps + slack) - 1 for k in range(steps)]
-    if not chosen or (count and len(chosen) < count):
+        return list(range(max(bisect_right(told.pts, begin + slack) - 1, 0), len(told.pts), every))[:count]
+    step = every / _rational(fps)
+    steps = math.ceil((end - begin) / step)
+    return [bisect_right(told.pts, begin + k * step + slack) - 1 for k in range(min(steps, count or steps))]
+
+
+def _choose(told: Probe, fps: Fraction | float | None, start: float, every: int, count: int | None) -> list[int]:
+    """The frames to take. Raises BadClip where there are too few."""
+    chosen = _times(told, fps, start, every, count)
+    if len(chosen) < (count or 1):
         rate = "" if fps is None else f" at {float(fps):g} fps"
         after = f" after {start:g} s" if start else ""
         strided = f", one of {every}" if every > 1 else ""
         raise BadClip(told.path, f"it has {len(chosen)} frames{rate}{after}{strided}, {count or 1} are needed")
-    return chosen[:count]
+    return chosen
 
 
 def _take(told: Probe, wanted: Sequence[int]) -> tuple[Tensor, str, str]:

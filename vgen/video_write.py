@@ -22,7 +22,7 @@ from PIL import Image, PngImagePlugin
 from torch import Tensor
 
 from vgen.errors import UsageError, VgenError
-from vgen.outputs import LATENTS, check_output, replacing
+from vgen.outputs import LATENTS, check_output, whole
 from vgen.probe import open_video, probe
 
 H264 = ("libx264", "libopenh264", "h264_videotoolbox", "h264_mf")  # the first that this build of FFmpeg has
@@ -60,7 +60,7 @@ def write(
         raise VgenError(f"'{path}' was not written: there are no frames.")
     arrays = chain([first], arrays)
     note = None if metadata is None else json.dumps(metadata, sort_keys=True, ensure_ascii=False)
-    with replacing(target) as temporary:
+    with whole(target) as temporary:
         if not kind:
             _write_pngs(temporary, arrays, note)
             return target
@@ -114,7 +114,7 @@ def contact_sheet(frames: Iterable[Tensor], path: Path | str, columns: int | Non
     for index, array in enumerate(arrays):
         top, left = index // columns * (height + gap), index % columns * (width + gap)
         sheet[top : top + height, left : left + width] = array.repeat(scale, 0).repeat(scale, 1)
-    with replacing(path) as temporary:
+    with whole(path) as temporary:
         Image.fromarray(sheet).save(temporary, format="PNG")
     return path
 
