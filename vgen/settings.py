@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, Field
+from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
 from types import UnionType
@@ -15,6 +15,7 @@ from vgen.options import declared, flag
 
 RECORD = "record"  # the table of a settings file that tells of a run and sets nothing
 WORDS = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
+VARIABLES = ("VGEN_HOME", "VGEN_DEBUG", "VGEN_FAMILIES")  # those that are not options
 KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text", Path: "a path"}
 
 
@@ -101,6 +102,8 @@ def bounds(field: Field[Any]) -> str:
 
 def read(path: Path) -> dict[str, Any]:
     """The settings of a TOML file; a run record is one, and its [record] table is left out. Raises UsageError."""
+    import tomllib  # 2 ms that help pages need not pay
+
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -109,6 +112,13 @@ def read(path: Path) -> dict[str, Any]:
         raise UsageError(f"--config {path} is not TOML: {error}.") from error
     table.pop(RECORD, None)
     return table
+
+
+def strays(environ: Mapping[str, str], options: Iterable[type]) -> dict[str, str]:
+    """Variables that look like a misspelt one of ours, and the one that each resembles."""
+    known = {f"VGEN_{f.name.upper()}" for one in options for f in declared(one)} | {*VARIABLES}
+    words = (name for name in environ if name.startswith("VGEN_") and name not in known)
+    return {name: near[0] for name in words if (near := get_close_matches(name, known, n=1, cutoff=0.8))}
 
 
 def gather(

@@ -10,7 +10,8 @@ import typer
 from vgen import cache, registry
 from vgen.commands.families import Json, Quiet
 from vgen.commands.output import Out, mode
-from vgen.commands.surface import Group, noun, plain_app, references
+from vgen.commands.pages import Group, noun, plain_app
+from vgen.commands.surface import references
 from vgen.errors import UsageError, VgenError
 from vgen.family import Checkpoint, Family, families, family, installed
 
@@ -119,10 +120,10 @@ def show(reference: Reference, json: Json = False, quiet: Quiet = False) -> None
         "modes": list(one.modes),
         "defaults": dict(one.defaults),
         "rules": {name: asdict(rule) for name, rule in one.rules.items()},
-        "files": sorted(cache.hashes(found.folder).items()) if found.folder else [],
+        "files": cache.hashes(found.folder) if found.folder else {},
     }
     lines = [f"{key}: {_text(value)}" for key, value in told.items() if value and key != "files"]
-    Out(mode(json, quiet)).object({**told, "files": dict(told["files"])}, "\n".join(lines))
+    Out(mode(json, quiet)).object(told, "\n".join(lines))
 
 
 def _text(value: Any) -> str:

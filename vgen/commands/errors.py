@@ -26,7 +26,7 @@ SAVERS = {  # what lessens memory, cheapest first, by the option that must exist
 
 def explain(error: Exception, options: object | None = None) -> Exception:
     """A VgenError for what a user can mend: no memory, no space, no right; any other error as it is."""
-    if isinstance(error, VgenError) or isinstance(error, BrokenPipeError):
+    if isinstance(error, (VgenError, BrokenPipeError)):
         return error
     if _out_of_memory(error):
         names = {f.name for f in fields(options)} if options else set()  # type: ignore[arg-type]

@@ -11,7 +11,7 @@ from typing import Any
 
 import typer
 
-from vgen import __version__, family, record, registry, settings
+from vgen import __version__, family, outputs, record, registry, settings
 from vgen.commands.errors import explain
 from vgen.commands.output import Out, complain, mode
 from vgen.commands.quiet import hush
@@ -70,6 +70,8 @@ def prepare(verb: str, card: Family, given: dict[str, Any], config: Path | None,
     """Options from all sources, the checkpoint, and every check that needs no weights. Raises VgenError."""
     values, origins = settings.gather(card.options(verb), given, os.environ, config)
     options = card.options(verb)(**values)
+    for name, near in settings.strays(os.environ, card.verbs.values()).items():
+        out.warning(f"{name} sets nothing. Did you mean {near}?")
     found = registry.resolve(card, options.checkpoint, accelerator=_accelerated(options.device))
     if found.note:
         out.say(found.note)
@@ -141,9 +143,10 @@ def check_output(verb: str, options: RunOptions) -> None:
     """The output can be written, and does not overwrite a clip unasked. Raises UsageError or VgenError."""
     path = options.output
     assert path is not None
-    if verb in CLIPS and path.exists() and not options.overwrite:
-        raise UsageError(f"{path} exists.", "Replace it with --overwrite, or choose another name with -o.")
-    if verb not in CLIPS and path.exists() and not path.is_dir():
+    if verb in CLIPS:
+        outputs.check_output(path, options.overwrite)
+        return
+    if path.exists() and not path.is_dir():
         raise UsageError(f"{path} is a file; '{verb}' writes a folder.", "Choose another name with -o.")
     there = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
     if path != there and not there.is_dir():

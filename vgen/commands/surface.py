@@ -1,11 +1,7 @@
-"""From a card to a command line: the options dataclass of a verb becomes flags, a help page and completion.
-
-Of Typer only public names are used, and from below its top level `TyperGroup`, `TyperCommand` and `get_command`.
-"""
+"""From a card to a command line: the options dataclass of a verb becomes flags, a help page and completion."""
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import Field
 from inspect import Parameter, Signature
@@ -13,18 +9,16 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperCommand, TyperGroup
 from typer.main import get_command
 
 from vgen import settings
 from vgen.commands.output import Out
-from vgen.errors import UsageError, VgenError, did_you_mean
-from vgen.family import VERBS, Family, families, family, installed, with_verb
+from vgen.commands.pages import HELP, Group, Page, Row, examples, plain_app
+from vgen.errors import UsageError
+from vgen.family import Family, families, family, with_verb
 from vgen.options import declared, flag
 
-Row = tuple[str, str]
 Perform = Callable[[str, Family, dict[str, Any]], None]
-HELP = {"help_option_names": ["-h", "--help"]}
 HOUSE: dict[str, tuple[Any, str, str]] = {  # flags of every verb: type, declaration, help
     "config": (Path, "--config", "Settings from FILE.toml; a run record is one."),
     "dry_run": (bool, "--dry-run", "Show what would run, and load nothing."),
@@ -34,107 +28,10 @@ HOUSE: dict[str, tuple[Any, str, str]] = {  # flags of every verb: type, declara
 METAVARS = {int: "N", float: "X", str: "TEXT", Path: "PATH"}
 
 
-def plain_app(**settings: Any) -> typer.Typer:
-    """A Typer app as the house has them: plain help (rich's costs 50 ms), -h, our own errors."""
-    return typer.Typer(
-        rich_markup_mode=None,
-        pretty_exceptions_enable=False,
-        no_args_is_help=True,
-        context_settings=HELP,
-        **{"add_completion": False, **settings},
-    )
-
-
-def write_examples(formatter: Any, lines: Iterable[str]) -> None:
-    """Examples as the foot of a help page, unwrapped so that they can be copied."""
-    with formatter.section("Examples"):
-        for line in lines:
-            formatter.write(f"  {line}\n")
-
-
-def know_flags(command: Any, ctx: Any, args: list[str]) -> None:
-    """Refuse an unknown flag with the nearest known one. Raises UsageError."""
-    known = {name for p in command.params for name in (*p.opts, *p.secondary_opts)} | set(ctx.help_option_names)
-    for word in itertools.takewhile(lambda word: word != "--", args):
-        name = word.partition("=")[0]
-        if name.startswith("--") and name not in known and not ctx.resilient_parsing:
-            flags = [n for n in known if n.startswith("--") and not n.startswith("--no-")]
-            raise UsageError(f"'{ctx.command_path}' has no flag {name}.", did_you_mean(name, flags))
-
-
-def noun(*lines: str) -> type[TyperCommand]:
-    """The class of an ordinary command with examples."""
-
-    class Noun(TyperCommand):
-        def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-            know_flags(self, ctx, args)
-            return super().parse_args(ctx, args)
-
-        def format_epilog(self, ctx: Any, formatter: Any) -> None:
-            write_examples(formatter, lines)
-
-    return Noun
-
-
-class Page(TyperCommand):
-    """A verb of a family, with its options in panels."""
-
-    sections: dict[str, list[Row]]
-    examples: tuple[str, ...]
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Parse flags. Raises UsageError for one that does not exist."""
-        know_flags(self, ctx, args)
-        return super().parse_args(ctx, args)
-
-    def format_options(self, ctx: Any, formatter: Any) -> None:
-        """Write one section for each panel."""
-        for title, rows in self.sections.items():
-            if not rows:
-                continue
-            with formatter.section(title):
-                formatter.write_dl(rows)
-
-    def format_epilog(self, ctx: Any, formatter: Any) -> None:
-        """Write the card's examples."""
-        write_examples(formatter, self.examples)
-
-
-class Group(TyperGroup):
-    """A group that knows the near word of a wrong one."""
-
-    examples: tuple[str, ...] = ()
-
-    def get_command(self, ctx: Any, cmd_name: str) -> Any:
-        """The command of that name. Raises UsageError."""
-        found = super().get_command(ctx, cmd_name)
-        if found is None and not ctx.resilient_parsing:
-            raise UsageError(
-                f"'{ctx.command_path}' has no command '{cmd_name}'.", did_you_mean(cmd_name, self.commands)
-            )
-        return found
-
-    def format_epilog(self, ctx: Any, formatter: Any) -> None:
-        """Write the group's examples."""
-        write_examples(formatter, self.examples)
-
-
-class Root(Group):
-    """The top: one example is the first that samples among the installed families."""
-
-    def list_commands(self, ctx: Any) -> list[str]:
-        """The verbs, then the nouns."""
-        return sorted(super().list_commands(ctx), key=lambda name: name not in VERBS)
-
-    def format_epilog(self, ctx: Any, formatter: Any) -> None:
-        """Write one example of the first family that samples, and what shows the others."""
-        write_examples(formatter, (*examples("sample", 1), "vgen families"))
-
-
-def verb_group(perform: Perform) -> type[TyperGroup]:
+def verb_group(perform: Perform) -> type[Group]:
     """The group of a verb: the families that have it, of which only the one asked for is built."""
 
-    class Verb(TyperGroup):
+    class Verb(Group):
         """Families as commands. The group's name is the verb."""
 
         def list_commands(self, ctx: Any) -> list[str]:
@@ -153,22 +50,10 @@ def verb_group(perform: Perform) -> type[TyperGroup]:
             with formatter.section("Families"):
                 formatter.write_dl(rows or [("(none)", f"No installed family has '{self.name}' yet.")])
 
-        def format_epilog(self, ctx: Any, formatter: Any) -> None:
-            write_examples(formatter, examples(self.name or "", 2) or ("vgen families", "vgen doctor"))
+        def shown(self) -> Iterable[str]:
+            return examples(self.name or "", 2) or ("vgen families", "vgen doctor")
 
     return Verb
-
-
-def examples(verb: str, count: int) -> list[str]:
-    """The first examples of a verb among the installed families; imports no more cards than it needs."""
-    found: list[str] = []
-    for name in installed():
-        if len(found) < count:
-            try:
-                found += family(name).examples.get(verb, ())
-            except VgenError:
-                continue  # its error is told where families are listed
-    return found[:count]
 
 
 def _with(verb: str, name: str) -> Family:
