@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from vgen.errors import VgenError
+from vgen.latents import Space, sample_posterior, scale
 from vgen.machine import seeded
+from vgen.store import Store
 
 Item = TypeVar("Item")
 Batch = dict[str, Any]
@@ -73,7 +75,9 @@ def stack(tensors: Sequence[Tensor]) -> Tensor:
     return torch.stack([t.float() for t in tensors])
 
 
-def pixel_batches(items: Sequence[Any], size: tuple[int, int, int], batch_size: int, seed: int) -> Callable[[int], Batch]:
+def pixel_batches(
+    items: Sequence[Any], size: tuple[int, int, int], batch_size: int, seed: int
+) -> Callable[[int], Batch]:
     """Batches of pixels (B, 3, T, H, W) in [-1, 1] of `size` (T, H, W), read from clips when they are needed."""
     from vgen.clips import load
 
@@ -85,5 +89,40 @@ def pixel_batches(items: Sequence[Any], size: tuple[int, int, int], batch_size: 
             "pixels": stack([load(item, *size, fps=None)[0] for item in chosen]),
             "keys": [str(item.path) for item in chosen],
         }
+
+    return make
+
+
+def latent_batches(
+    stores: Sequence[Store], space: Space, batch_size: int, seed: int, *, dropout: float, texts: bool
+) -> Callable[[int], Batch]:
+    """Batches of scaled latents (B, C, T, H, W) from stores, with 'captions', and 'text' (B, L, D) where `texts`.
+
+    Clips of one shape go together. The draw from the posterior, the choice among captions and their dropout (the
+    empty text, whose embedding every store holds) depend on (seed, step) alone.
+    """
+    groups: dict[Hashable, list[tuple[Store, str]]] = {}
+    for store in stores:
+        for record in store.records():
+            first = next(iter(record["tensors"].values()))
+            groups.setdefault(tuple(first["shape"]), []).append((store, record["key"]))
+    batches = Batches(groups, batch_size, seed)
+
+    def make(step: int) -> Batch:
+        chosen = batches.of(step)
+        made: dict[str, list[Any]] = {"latents": [], "captions": [], "keys": [], "text": [], "mask": []}
+        for i, (store, key) in enumerate(chosen):
+            generator = seeded(seed, "clip", step, i)
+            streams, record = store.get(key)
+            caption = choose(record.get("captions", ()), dropout, generator)
+            made["latents"].append(scale(space, sample_posterior(streams, generator).float()))
+            made["captions"].append(caption)
+            made["keys"].append(key)
+            if texts:
+                made["text"].append(store.text(caption)["text"])
+            if "mask" in streams:
+                made["mask"].append(streams["mask"])
+        stacked = {name: stack(made[name]) for name in ("latents", "text", "mask") if len(made[name]) == len(chosen)}
+        return {"captions": made["captions"], "keys": made["keys"], **stacked}
 
     return make

@@ -1,4 +1,4 @@
-"""A family of models as a value, its checkpoints, and the contract of the model that its card loads.
+"""A family of models as a value: its card, its checkpoints and its rules.
 
 Nothing here imports torch: help, completion, `families` and `--dry-run` read cards and never a weight.
 """
@@ -9,22 +9,16 @@ import importlib
 import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
-from functools import cache
+from functools import cache, partial
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 from vgen.errors import UsageError, VgenError, did_you_mean
 from vgen.options import RunOptions, flag
 
-if TYPE_CHECKING:
-    from torch import Tensor, nn
-
-    from vgen.diffusion import Process
-    from vgen.latents import Space
-
 GROUP = "vgen.families"
-O = TypeVar("O", bound=RunOptions)
+Chosen = TypeVar("Chosen", bound=RunOptions)
 VERBS = ("encode", "train-lora", "finetune", "sample", "interpolate", "upscale")
 
 
@@ -127,52 +121,9 @@ class Family:
             raise UsageError(f"'{self.name}' has no verb '{verb}'.", f"It has: {have}.")
         return self.verbs[verb]
 
-    def loader(self) -> Callable[..., Model]:
-        """The function that loads the model. Imports torch."""
+    def loader(self) -> Callable[..., Any]:
+        """The function that loads the model (vgen.model.Model). Imports torch."""
         return fetch(self.load)
-
-
-class Part(Protocol):
-    """One network of a loaded model. `x_BCTHW` are its latents at the scale it was trained at."""
-
-    name: str
-    modules: Mapping[str, nn.Module]  # what trains, by the subfolder it is saved in
-
-    def loss(self, batch: Mapping[str, Any], generator: Any) -> Tensor:
-        """The training loss of one batch, a scalar. Most parts return `diffusion.loss`."""
-        ...
-
-
-class Denoiser(Part, Protocol):
-    """A part that diffuses."""
-
-    process: Process
-    output: str  # what predict means: "eps", "v", "x0" or "flow"
-    stream: str  # the stream of the latent file that it makes
-
-    def predict(self, x: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
-        """One call of the network, raw output, of the shape of x."""
-        ...
-
-
-class Model(Protocol):
-    """What the core asks of a loaded family. Pixels are (B, 3, T, H, W) in [-1, 1]."""
-
-    space: Space
-    parts: Mapping[str, Part]
-    base: tuple[str, ...]  # the denoisers that `sample` runs, in order
-
-    def encode(self, pixels: Tensor) -> dict[str, Tensor]:
-        """Pixels to streams, unscaled: the posterior's mean and logvar, or what the family stores."""
-        ...
-
-    def decode(self, streams: Mapping[str, Tensor]) -> Tensor:
-        """Streams, unscaled, to pixels."""
-        ...
-
-    def embed(self, texts: list[str]) -> list[dict[str, Tensor]]:
-        """Text embeddings, one dict of tensors for each text; empty for a family without text."""
-        ...
 
 
 @cache
@@ -181,7 +132,7 @@ def _entries() -> dict[str, Any]:
     found: dict[str, Any] = {point.name: point.load for point in entry_points(group=GROUP)}
     for pair in filter(None, os.environ.get("VGEN_FAMILIES", "").split(",")):
         name, _, target = pair.partition("=")
-        found[name.strip()] = lambda target=target.strip(): fetch(target)
+        found[name.strip()] = partial(fetch, target.strip())
     return dict(sorted(found.items()))
 
 
@@ -221,7 +172,7 @@ def families() -> tuple[list[Family], list[VgenError]]:
     return cards, broken
 
 
-def resolve(card: Family, options: O, checkpoint: Checkpoint) -> O:
+def resolve(card: Family, options: Chosen, checkpoint: Checkpoint) -> Chosen:
     """Fill open options from the checkpoint, and refuse what it cannot do. Raises UsageError."""
     names = {f.name for f in fields(options)}
     fill = {k: v for k, v in checkpoint.defaults.items() if k in names and getattr(options, k) is None}

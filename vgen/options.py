@@ -132,6 +132,7 @@ class TrainOptions(RunOptions):
     compile: bool = opt(False, help="torch.compile the network.", panel="Machine")
     checkpointing_steps: int = opt(500, help="Save the state of training every so many steps.", low=1)
     resume: bool = opt(False, help="Go on from the last state in the output folder.")
+    save_dtype: Literal["fp32", "bf16", "fp16"] = opt("fp32", help="Precision of the written weights.", panel="Output")
     caption_dropout: float = opt(0.1, help="Share of clips trained without caption.", low=0.0, high=1.0)
 
 

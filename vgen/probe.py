@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib.util
 import math
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import pairwise
@@ -167,21 +167,33 @@ def _container(container: Any) -> str:
     return {"mov,mp4,m4a,3gp,3g2,mj2": "mp4", "matroska,webm": "matroska"}.get(name, name)
 
 
+def packets_of(container: Any, stream: Any) -> Iterator[Any]:
+    """Packets from the next key frame on, without those shown before it: they are made from frames in front of it."""
+    numbered = _container(container) != "avi"  # else the stamps of packets say nothing about the screen
+    begun, start = False, None
+    for packet in container.demux(stream):
+        if packet.size == 0 or not (begun or packet.is_keyframe):
+            continue
+        if not begun:
+            begun, start = True, packet.pts if numbered else None
+        if start is None or packet.pts is None or packet.pts >= start:
+            yield packet
+
+
 def _demux(container: Any, stream: Any) -> tuple[Any, list[_Packet]]:
-    """The first frame, and the packets that lead to a frame, from the first key frame on."""
+    """The first frame, and the packets that make frames."""
     first = None
     packets: list[_Packet] = []
     length_size = _nal_length_size(stream)
-    for packet in container.demux(stream):
-        hidden = stream.codec_context.name == "vp8" and packet.size and not bytes(packet)[0] & 0x10
-        if packet.size == 0 or hidden or not (packets or packet.is_keyframe):
-            continue
+    for packet in packets_of(container, stream):
+        if first is None:
+            first = next(iter(packet.decode()), None)
+        if stream.codec_context.name == "vp8" and not bytes(packet)[0] & 0x10:
+            continue  # a frame that is only referred to, never shown
         idr = not packet.is_keyframe or not length_size or _has_idr(bytes(packet), length_size)
         packets.append(
             _Packet(packet.pts, packet.dts, packet.duration or 0, packet.is_keyframe, idr, packet.is_discard)
         )
-        if first is None:
-            first = next(iter(packet.decode()), None)
     if first is None:
         first = next(iter(stream.decode(None)), None)
     return first, packets
@@ -248,14 +260,12 @@ def _describe(path: Path, name: str, container: Any, stream: Any, first: Any, pa
 def _shown(packets: list[_Packet], stamped: bool) -> tuple[list[int], int]:
     """Stamps of the frames that are shown, in order, in ticks, and the length of the last one.
 
-    Frames that stand before the first key frame on the screen cannot be decoded and are left out.
     An AVI file numbers its packets, so their decoding stamps, sorted, are the times of its frames.
     """
     if not stamped:
         dts = sorted(p.dts for p in packets if p.dts is not None)
         return [t - dts[0] for t in dts], packets[-1].duration
-    start = packets[0].pts or 0
-    shown = sorted((p.pts, p.duration) for p in packets if p.pts is not None and p.pts >= start and not p.discard)
+    shown = sorted((p.pts, p.duration) for p in packets if p.pts is not None and not p.discard)
     return [t for t, _ in shown], shown[-1][1] if shown else 0
 
 

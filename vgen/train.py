@@ -17,12 +17,11 @@ from torch import Tensor, nn
 
 from vgen.dataset import Batch, ahead
 from vgen.errors import VgenError
-from vgen.family import Part
-from vgen.tensors import load_tensors, save_tensors
 from vgen.machine import DTYPES, Machine, seeded
+from vgen.model import OnStep, Part
 from vgen.options import TrainOptions
+from vgen.tensorfile import load_tensors, save_tensors
 
-OnStep = Callable[[str, int, int], None]
 STATE = "state.safetensors"
 
 
@@ -114,7 +113,7 @@ def _step(
                 f"The loss became {loss.item()} at step {step + 1}, on: {clips}.",
                 "Lower --learning-rate, or look at these clips; --resume goes on from the last saved state.",
             )
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         total += loss.item()
     norm = torch.nn.utils.clip_grad_norm_(trained.values(), options.max_grad_norm or math.inf)
     rate = learning_rate(options, step)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from vgen.errors import UsageError
-from vgen.probe import BadClip, Probe, open_video, probe, video_stream
+from vgen.probe import BadClip, Probe, open_video, packets_of, probe, video_stream
 
 __all__ = ["BadClip", "Clip", "Probe", "available", "file_sha256", "frames", "probe", "read"]
 
@@ -141,8 +141,10 @@ def _with_decord(told: Probe, wanted: Sequence[int]) -> tuple[Tensor | None, str
     A fresh reader, one thread, rising order: decord decodes ahead without bound, does not survive a fork, and
     seeks wrongly when asked to go back.
     """
-    import decord
-
+    try:
+        import decord
+    except (ImportError, OSError) as error:  # OSError: its libraries do not load
+        return None, f"decord does not import: {error}"
     try:
         reader = decord.VideoReader(str(told.path.resolve()), num_threads=1, fault_tol=1)
         stamps = reader.get_frame_timestamp(range(len(reader)))[:, 0]
@@ -165,12 +167,11 @@ def _decode(told: Probe, first: int, last: int) -> Iterator[tuple[int, Any]]:
     with open_video(told.path) as container:
         stream = video_stream(container, told.path)
         stream.thread_type = "AUTO"
-        far = told.pts[first] - told.pts[0] > 2 and told.container in _SEEKABLE and "open groups" not in told.why
-        if far:
+        if told.pts[first] - told.pts[0] > 2 and told.container in _SEEKABLE:
             container.seek(int(told.pts[first] / told.time_base), stream=stream)
         expected: int | None = None
         try:
-            for count, frame in enumerate(container.decode(stream)):
+            for count, frame in enumerate(_frames(container, stream)):
                 index = _number(told, frame, count)
                 if index is None:
                     continue
@@ -187,6 +188,13 @@ def _decode(told: Probe, first: int, last: int) -> Iterator[tuple[int, Any]]:
     raise BadClip(told.path, f"it ends after {expected or 0} of {len(told.pts)} frames")
 
 
+def _frames(container: Any, stream: Any) -> Iterator[Any]:
+    """PyAV's frames from the next key frame on."""
+    for packet in packets_of(container, stream):
+        yield from packet.decode()
+    yield from stream.decode(None)
+
+
 def _number(told: Probe, frame: Any, count: int) -> int | None:
     """Which frame of the clip this is; None for one in front of the clip. Raises BadClip for one that is not in it."""
     if not told.stamped:
@@ -195,7 +203,7 @@ def _number(told: Probe, frame: Any, count: int) -> int | None:
         return count
     if frame.pts is None:
         raise BadClip(told.path, "a frame comes out of the decoder without a time stamp")
-    stamp = frame.pts * Fraction(frame.time_base)
+    stamp = frame.pts * told.time_base
     if stamp < told.pts[0]:
         return None
     index = bisect_left(told.pts, stamp)

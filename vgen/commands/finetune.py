@@ -7,10 +7,15 @@ from vgen.commands.prepare import Job
 
 def run(job: Job) -> int:
     """Train the part and print the folder of the checkpoint."""
-    from vgen.train import finetune  # LEAD: to be adapted to vgen/train.py
+    from vgen.finetune import finetune
+    from vgen.machine import machine
 
+    options = job.options
+    folder = job.folder()
+    where = machine(options.device, options.dtype, threads=options.threads)
+    model = job.card.loader()(folder, job.found.checkpoint, where)
     with job.out.progress() as on_step:
-        figures = finetune(job.card, job.found, job.options, on_step)
-    job.run.write(job.options.output, figures=figures)
-    job.out.result(job.options.output, seconds=job.run.seconds, **figures)
+        figures = finetune(job.card, model, folder, options, where, on_step)
+    job.run.write(options.output, figures=figures)
+    job.out.result(options.output, seconds=job.run.seconds, **figures)
     return 0

@@ -42,6 +42,11 @@ class Job:
     out: Out
     run: record.Run
 
+    def folder(self) -> Path:
+        """Where the weights lie; known once `_fetch` has run."""
+        assert self.found.folder is not None
+        return self.found.folder
+
     def checkpoint(self) -> dict[str, Any]:
         """The checkpoint that runs, for records and plans."""
         one = self.found

@@ -2,16 +2,76 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from fractions import Fraction
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
 from vgen.commands.prepare import Job
+from vgen.outputs import check_output
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from vgen.model import Model
 
 
 def run(job: Job) -> int:
-    """Make the clips and print their paths."""
-    from vgen.generate import sample  # LEAD: to be adapted to vgen/generate.py
+    """Make the clips, write them and their records, and print their paths."""
+    from vgen.generate import generate
+    from vgen.machine import machine
 
-    with job.out.progress() as on_step:
-        paths = sample(job.card, job.found, job.options, on_step)
+    options = job.options
+    paths = spread(options.output, options.num_videos_per_prompt)
     for path in paths:
-        job.run.write(path)
-        job.out.result(path, seed=job.options.seed, checkpoint=job.found.reference, seconds=job.run.seconds)
+        check_output(path, options.overwrite)
+    where = machine(options.device, options.dtype, threads=options.threads, offload=options.cpu_offload)
+    model = job.card.loader()(job.found.folder, job.found.checkpoint, where)
+    for note in getattr(model, "notes", lambda _: ())(options):
+        job.out.warning(note)
+    with job.out.progress() as on_step:
+        streams = generate(model, options, on_step)
+    for i, path in enumerate(paths):
+        _write(job, model, {name: stream[i : i + 1] for name, stream in streams.items()}, path, options.seed + i)
     return 0
+
+
+def spread(output: Path, count: int) -> list[Path]:
+    """The paths of `count` clips: the output itself for one, numbered names for more."""
+    if count == 1:
+        return [output]
+    return [output.with_name(f"{output.stem}-{i}{output.suffix}") for i in range(count)]
+
+
+def sheet_of(path: Path) -> Path:
+    """Where the contact sheet of a clip goes."""
+    return path.with_name(f"{path.stem}.sheet.png")
+
+
+def _write(job: Job, model: Model, streams: Mapping[str, Tensor], path: Path, seed: int) -> None:
+    """One clip: as latents or as pictures, by the path's extension; its contact sheet; its record."""
+    from vgen import latents
+    from vgen.generate import decode
+    from vgen.video_write import contact_sheet, write
+
+    fps = Fraction(job.options.fps).limit_denominator(1001)
+    record = job.run.table(seed=seed)
+    frames = decode(model, streams)[0] if path.suffix != ".safetensors" or job.options.contact_sheet else None
+    if path.suffix == ".safetensors":
+        told = {"fps": fps, "captions": [job.options.prompt], "space": model.space, "run": record}
+        latents.write(path, {name: s[0] for name, s in streams.items()}, told)
+    else:
+        assert frames is not None
+        write(path, frames, fps, metadata=record)
+    facts: dict[str, Any] = {}
+    if job.options.contact_sheet and frames is not None:
+        facts["contact_sheet"] = str(contact_sheet(frames, sheet_of(path)))
+    job.run.write(path, seed=seed)
+    job.out.result(
+        path,
+        family=job.card.name,
+        checkpoint=job.found.reference,
+        seed=seed,
+        seconds=job.run.seconds,
+        **facts,
+    )

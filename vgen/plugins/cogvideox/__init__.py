@@ -28,7 +28,7 @@ class Sample(SampleOptions):
     use_dynamic_cfg: bool = opt(False, help="Let guidance rise over the steps along a cosine.")
     dynamic_cfg_quirk: bool = opt(False, help="With --use-dynamic-cfg: the curve as released, which oscillates.")
     window: int | None = opt(None, help="Frames denoised at once in a longer clip; native length when absent.", low=1)
-    cache: Literal["none", "fbcache", "pab", "faster"] = opt(
+    cache: Literal["none", "fbcache", "pab"] = opt(
         "none", help="Reuse activations between steps: faster, not the same bits.", panel="Machine"
     )
 
@@ -47,7 +47,6 @@ class Finetune(TrainOptions):
     part: Literal["transformer", "autoencoder"] = opt("transformer", help="Which network to train.")
     from_scratch: bool = opt(False, help="Start the part from random weights of the checkpoint's configuration.")
     train_text_encoder: bool = opt(False, help="Train the text encoder along (checkpoints with a small one).")
-    stratify: bool = opt(True, help="Spread the timesteps of a batch evenly (explicit uniform sampling).")
     mask_weight: float = opt(0.0, help="Extra loss weight where clips carry an object mask.", low=0.0)
     mask_steps: int = opt(0, help="Steps over which that weight fades to nothing.", low=0)
     num_frames: int | None = opt(None, short="-n", help="autoencoder: frames per clip.", low=1)
@@ -158,7 +157,7 @@ def check(options: Any, checkpoint: Checkpoint) -> None:
 
 def _check_sample(options: Sample, checkpoint: Checkpoint) -> None:
     if not options.prompt.strip() and options.image is None:
-        raise UsageError("The prompt is empty.", 'Say what the clip shows: vgen sample cogvideox "a teddy bear skating"')
+        raise UsageError("The prompt is empty.", 'Say what the clip shows, as in: "a teddy bear skating"')
     given = "image" if options.image else "video" if options.video else "text"
     if given not in checkpoint.modes:
         fit = ", ".join(c.tag for c in CHECKPOINTS if given in c.modes)

@@ -1,4 +1,4 @@
-"""The causal 3D autoencoder of CogVideoX: streams, pixels, and the loss that trains it."""
+"""The causal 3D autoencoder of CogVideoX (AutoencoderKLCogVideoX): streams, pixels, and the loss that trains it."""
 
 from __future__ import annotations
 
@@ -6,17 +6,16 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKLCogVideoX
 from torch import Tensor, nn
 
 
-def encode(vae: AutoencoderKLCogVideoX, pixels: Tensor) -> dict[str, Tensor]:
+def encode(vae: Any, pixels: Tensor) -> dict[str, Tensor]:
     """Pixels (B, 3, T, H, W) in [-1, 1] to the posterior's mean and logvar (B, C, T', H', W'), unscaled."""
     posterior = vae.encode(pixels.to(vae.dtype)).latent_dist
     return {"mean": posterior.mean, "logvar": posterior.logvar}
 
 
-def decode(vae: AutoencoderKLCogVideoX, latents: Tensor) -> Tensor:
+def decode(vae: Any, latents: Tensor) -> Tensor:
     """Unscaled latents (B, C, T', H', W') to pixels (B, 3, T, H, W)."""
     pixels: Tensor = vae.decode(latents.to(vae.dtype)).sample
     return pixels
@@ -27,7 +26,7 @@ class Autoencoder:
 
     name = "autoencoder"
 
-    def __init__(self, vae: AutoencoderKLCogVideoX, *, l1_weight: float, kl_weight: float) -> None:
+    def __init__(self, vae: Any, *, l1_weight: float, kl_weight: float) -> None:
         self.vae, self.l1_weight, self.kl_weight = vae, l1_weight, kl_weight
         self.modules: Mapping[str, nn.Module] = {"vae": vae}
         self._spread: list[float] = []

@@ -14,12 +14,14 @@ from diffusers import AutoencoderKLCogVideoX, CogVideoXTransformer3DModel
 from torch import Tensor, nn
 from transformers import AutoTokenizer, T5Config, T5EncoderModel
 
-from vgen import diffusion
+from vgen import clips, diffusion, latents
+from vgen.embeddings import Embeddings
 from vgen.errors import VgenError
 from vgen.family import Checkpoint
-from vgen.latents import Space, file_hash
+from vgen.latents import Space, file_hash, sample_posterior, scale
 from vgen.machine import Machine
-from vgen.plugins.cogvideox import autoencoder, text
+from vgen.model import Draw
+from vgen.plugins.cogvideox import autoencoder, caching, draw, text
 from vgen.plugins.cogvideox.autoencoder import Autoencoder
 from vgen.plugins.cogvideox.transformer import Transformer
 
@@ -107,17 +109,38 @@ class CogVideoX:
         """The noise process of the released scheduler."""
         return diffusion.from_scheduler_config(self.config("scheduler"))
 
-    @cached_property
-    def transformer(self) -> Transformer:
-        """The denoiser."""
-        return Transformer(self.network("transformer"), self.process)
-
     def embed(self, texts: list[str]) -> list[dict[str, Tensor]]:
         """Text embeddings (L, D) of each text."""
         encoder = self.network("text_encoder")
         with self.machine.holding(encoder), torch.no_grad():
-            made = text.embed(encoder, self.tokenizer, texts, text.length_of(self.config("transformer")))
+            made = text.embed(encoder, self.tokenizer, texts, self.text_length)
         return [{"text": one.cpu()} for one in made]
+
+    @property
+    def text_length(self) -> int:
+        """Tokens of text that the transformer takes."""
+        return int(self.config("transformer")["max_text_seq_length"])
+
+    @cached_property
+    def text_space(self) -> str:
+        """What identifies text embeddings: encoder weights, length and precision."""
+        weights = file_hash(self.folder / "text_encoder")
+        return f"t5:{weights[:16]}:{self.text_length}:{str(self.machine.dtype).removeprefix('torch.')}"
+
+    def unknown_words(self, prompt: str) -> tuple[list[str], list[str]]:
+        """Words of a prompt that a small text encoder does not know, and all that it knows."""
+        return text.unknown(self.tokenizer, prompt), text.known(self.tokenizer)
+
+    def cached_text(self, texts: list[str]) -> Tensor:
+        """Embeddings (B, L, D), from the disk where they are there; the encoder has left memory after it."""
+        cache = Embeddings(None, self.text_space)
+        found = {one: cache.get(one) for one in dict.fromkeys(texts)}
+        missing = [one for one, tensors in found.items() if tensors is None]
+        for one, tensors in zip(missing, self.embed(missing) if missing else [], strict=True):
+            cache.put(one, tensors)
+            found[one] = tensors
+        self.release("text_encoder")
+        return torch.stack([found[one]["text"] for one in texts])  # type: ignore[index]
 
     def encode(self, pixels: Tensor) -> dict[str, Tensor]:
         """Pixels (B, 3, T, H, W) in [-1, 1] to unscaled 'mean' and 'logvar'."""
@@ -131,6 +154,66 @@ class CogVideoX:
         with self.machine.holding(vae), torch.no_grad():
             return autoencoder.decode(vae, streams["latents"].to(self.machine.device))
 
+    def denoiser(self, name: str, options: Any) -> Transformer:
+        """The transformer, ready for sampling."""
+        network = self.network("transformer").to(self.machine.device)
+        if options.cache != "none":
+            caching.enable(network, options.cache, lambda: part.timestep)
+        if options.compile:
+            network.compile()
+        part = Transformer(network, self.process)
+        return part
+
+    def draw(self, name: str, options: Any, streams: Mapping[str, Tensor]) -> Draw:
+        """What the transformer is asked for: `num_videos_per_prompt` clips, with seeds that count up from `seed`."""
+        count, device = options.num_videos_per_prompt, self.machine.device
+        generators = [torch.Generator().manual_seed(options.seed + i) for i in range(count)]
+        texts = self.cached_text([options.prompt] * count + [options.negative_prompt] * count)
+        cond, uncond = ({"text": half.to(device)} for half in texts.chunk(2))
+        shape, skip = self.shape(options)
+        if options.image:
+            picture = torch.stack([self._given(options.image, options, 1, g) for g in generators])
+            cond["image"] = uncond["image"] = draw.first_frame(self._image_scale(picture), shape[1]).to(device)
+        given = None
+        times = draw.times_of(self.process, options)
+        if options.video:
+            clips = [self._given(options.video, options, options.num_frames, g) for g in generators]
+            given = scale(self.space, torch.stack(clips))
+            given = torch.cat([given[:, :, :1]] * skip + [given], 2)
+        x = draw.start(self.process, times, shape, generators, given).to(device)
+        native = (options.window - 1) // self.space.strides[0] + 1
+        return Draw(
+            x=x,
+            times=times,
+            cond=cond,
+            uncond=uncond,
+            guidance=draw.guidance_of(options, times),
+            sampler=draw.sampler_of(options, draw.steps_noise(shape, generators, device)),
+            window=(native, max(1, native // 2)) if shape[1] > native else None,
+            skip=skip,
+        )
+
+    def shape(self, options: Any) -> tuple[tuple[int, int, int, int], int]:
+        """Shape (C, T, H, W) of the latents of a clip, and how many of T only fill up a patch in time."""
+        t, h, w = self.space.strides
+        frames = (options.num_frames - 1) // t + 1
+        skip = -frames % (self.config("transformer").get("patch_size_t") or 1)
+        return (self.space.channels, frames + skip, options.height // h, options.width // w), skip
+
+    def _given(self, path: Path, options: Any, num_frames: int, generator: torch.Generator) -> Tensor:
+        """Unscaled latents (C, T, H, W) of a picture, a clip or a latent file, drawn from the posterior."""
+        if path.suffix == ".safetensors":
+            streams, record = latents.read(path)
+            latents.require(record["space"], self.space, f"vgen encode cogvideox CLIP --checkpoint {self.folder}")
+            return sample_posterior(streams, generator)
+        pixels, _ = clips.load_file(path, num_frames, options.height, options.width, options.fps)
+        streams = {name: s[0].cpu() for name, s in self.encode(pixels[None]).items()}
+        return sample_posterior(streams, generator)
+
+    def _image_scale(self, z: Tensor) -> Tensor:
+        """Scaled latents of the picture. CogVideoX1.5 was trained with the inverse factor for them."""
+        return z / self.space.scaling_factor if self.config("vae").get("invert_scale_latents") else scale(self.space, z)
+
     def part(self, name: str, options: Any) -> Transformer | Autoencoder:
         """A part made ready for training by `options`; its weights take gradients, all others stay as they are."""
         if options.from_scratch:
@@ -138,7 +221,8 @@ class CogVideoX:
             self.from_scratch = frozenset({"vae" if name == "autoencoder" else "transformer"} | also)
             torch.manual_seed(options.seed)
         part = self._autoencoder(options) if name == "autoencoder" else self._transformer(options)
-        for network in part.modules.values():
+        networks: list[Any] = list(part.modules.values())
+        for network in networks:
             network.requires_grad_(True).train()
             if options.gradient_checkpointing:
                 network.enable_gradient_checkpointing()
@@ -149,10 +233,9 @@ class CogVideoX:
 
     def _transformer(self, options: Any) -> Transformer:
         part = Transformer(self.network("transformer"), self.process)
-        part.stratify = options.stratify
         part.mask_weight, part.mask_steps = options.mask_weight, options.mask_steps
         if options.train_text_encoder:
-            encoder, length = self.network("text_encoder"), text.length_of(self.config("transformer"))
+            encoder, length = self.network("text_encoder"), self.text_length
             part.modules = {**part.modules, "text_encoder": encoder}
             part.embed = lambda captions: text.embed(encoder, self.tokenizer, captions, length)
         return part

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 
@@ -27,20 +26,12 @@ def unknown(tokenizer: Any, text: str) -> list[str]:
     """The words of a text that the tokenizer does not know; none for a tokenizer of pieces."""
     if tokenizer.unk_token_id is None:
         return []
-    return [word for word in text.split() if tokenizer.unk_token_id in tokenizer(word, add_special_tokens=False).input_ids]
+    return [
+        word for word in text.split() if tokenizer.unk_token_id in tokenizer(word, add_special_tokens=False).input_ids
+    ]
 
 
 def known(tokenizer: Any, most: int = 200) -> list[str]:
     """All words of a tokenizer with a small vocabulary; empty for a large one."""
     special = set(tokenizer.all_special_tokens)
     return sorted(set(tokenizer.get_vocab()) - special) if len(tokenizer) <= most else []
-
-
-def length_of(transformer_config: Any) -> int:
-    """Tokens of text that the transformer takes."""
-    return int(transformer_config["max_text_seq_length"])
-
-
-def device_of(encoder: torch.nn.Module) -> torch.device:
-    """Where the encoder is."""
-    return next(encoder.parameters()).device

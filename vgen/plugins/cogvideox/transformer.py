@@ -1,4 +1,4 @@
-"""The expert transformer of CogVideoX as a denoiser: positions, conditions, and its training loss."""
+"""CogVideoX's expert transformer (CogVideoXTransformer3DModel) as a denoiser: positions, conditions, loss."""
 
 from __future__ import annotations
 
@@ -7,12 +7,11 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-from diffusers import CogVideoXTransformer3DModel
 from diffusers.models.embeddings import get_3d_rotary_pos_embed
 from torch import Tensor, nn
 
 from vgen import diffusion
-from vgen.diffusion import Process
+from vgen.diffusion import Kind, Process
 
 Embed = Callable[[list[str]], Tensor]
 
@@ -22,32 +21,34 @@ class Transformer:
 
     name = "transformer"
     stream = "latents"
-    output = "v"
+    output: Kind = "v"
 
-    def __init__(self, network: CogVideoXTransformer3DModel, process: Process) -> None:
+    def __init__(self, network: Any, process: Process) -> None:
         self.network, self.process = network, process
         self.modules: Mapping[str, nn.Module] = {"transformer": network}
         self.embed: Embed | None = None  # set where a text encoder trains along
-        self.stratify = True
+        self.timestep = 0  # the last one asked for; diffusers' caching hooks look at it
         self.mask_weight, self.mask_steps = 0.0, 0
         self._rotary = lru_cache(maxsize=8)(self._rotary_of)
 
     def predict(self, x: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
-        """v of noisy latents x (B, C, T, H, W) at times t (B,). `cond`: text (B, L, D), image (B, C, T, H, W) if any."""
+        """v of noisy latents x (B, C, T, H, W) at times t (B,). `cond`: text (B, L, D), and image, shaped as x, if any."""
         given = torch.cat([x, cond["image"]], 1) if "image" in cond else x
         given = given.transpose(1, 2).to(self.network.dtype)
-        network: Any = self.network
-        config = network.config
+        network, config = self.network, self.network.config
+        self.timestep = int(t[0])
         ofs = given.new_full((1,), 2.0) if config.ofs_embed_dim else None
-        out = network(
-            hidden_states=given,
-            encoder_hidden_states=cond["text"].to(self.network.dtype),
-            timestep=t,
-            ofs=ofs,
-            image_rotary_emb=self._rotary(x.shape[2:], x.device),
-            return_dict=False,
-        )[0]
-        return out.transpose(1, 2)  # type: ignore[no-any-return]
+        with network.cache_context("cond_uncond"):
+            out = network(
+                hidden_states=given,
+                encoder_hidden_states=cond["text"].to(network.dtype),
+                timestep=t,
+                ofs=ofs,
+                image_rotary_emb=self._rotary(x.shape[2:], x.device),
+                return_dict=False,
+            )[0]
+        v: Tensor = out.transpose(1, 2).to(x.dtype)
+        return v
 
     def _rotary_of(self, size: tuple[int, int, int], device: torch.device) -> tuple[Tensor, Tensor] | None:
         """Rotary positions of latents of `size` (T, H, W), as the released pipelines lay them out."""
@@ -62,10 +63,11 @@ class Transformer:
         else:
             where = {"crops_coords": None, "temporal_size": -(-num_frames // p_t), "grid_type": "slice"}
             where["max_size"] = native
-        made: tuple[Tensor, Tensor] = get_3d_rotary_pos_embed(
+        made: Any = get_3d_rotary_pos_embed(
             embed_dim=config.attention_head_dim, grid_size=(rows, columns), device=device, **where
         )
-        return made
+        cos, sin = made
+        return cos, sin
 
     def loss(self, batch: Mapping[str, Any], generator: torch.Generator) -> Tensor:
         """The v-loss of a batch: 'latents' (B, C, T, H, W) scaled, 'text' (B, L, D) or 'captions', 'mask' if any.
@@ -76,13 +78,7 @@ class Transformer:
         if self.embed is not None:
             cond["text"] = self.embed(batch["captions"])
         return diffusion.loss(
-            lambda x, t: self.predict(x, t, cond),
-            self.process,
-            self.output,
-            batch["latents"],
-            generator,
-            stratify=self.stratify,
-            weight=self._weight(batch),
+            self.predict, self.process, self.output, batch["latents"], cond, generator, weight=self._weight(batch)
         )
 
     def _weight(self, batch: Mapping[str, Any]) -> Tensor | None:

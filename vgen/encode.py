@@ -1,0 +1,171 @@
+"""Encoding: clips of any source to a store of latents, each one once, bad ones set aside with the reason."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vgen import clips
+from vgen.clips import Item, Loaded
+from vgen.latents import sample_posterior
+from vgen.machine import seeded
+from vgen.metrics import psnr
+from vgen.model import Model, OnStep
+from vgen.probe import BadClip
+from vgen.store import Store, key
+
+Size = tuple[int, int, int]  # frames, height, width
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """What became of one input. `psnr` is in dB, where it was asked for; `reason` says why it was set aside."""
+
+    source: str
+    key: str = ""
+    status: str = "encoded"  # or "there already" or "set aside"
+    psnr: float | None = None
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class _Ready:
+    """A clip that waits for the autoencoder."""
+
+    item: Item
+    key: str
+    clip: Loaded
+
+
+@torch.inference_mode()
+def encode(
+    model: Model, store: Store, items: Sequence[Item], sizes: Sequence[Size], options: Any, on_step: OnStep
+) -> Iterator[Encoded]:
+    """Encode `items` into `store`, each at the one of `sizes` that fits it best, and tell what became of each.
+
+    A key that is there is skipped, so a run goes on where it stopped. Clips of one size are encoded together, up to
+    `options.batch_size`, while a thread reads the next ones. Bad clips are also listed in set-aside.jsonl.
+    """
+    waiting: dict[tuple[int, ...], list[_Ready]] = {}
+    done = 0
+    for outcome in _read_ahead(model, store, items, sizes, options):
+        results: list[Encoded] = []
+        if isinstance(outcome, Encoded):
+            results = [outcome]
+        else:
+            group = waiting.setdefault(tuple(outcome.clip.pixels.shape), [])
+            group.append(outcome)
+            if len(group) == options.batch_size:
+                results = _put(model, store, group, options)
+                group.clear()
+        for result in results:
+            done += 1
+            on_step("encode", done, len(items))
+            yield result
+    for group in waiting.values():
+        for result in _put(model, store, group, options) if group else []:
+            done += 1
+            on_step("encode", done, len(items))
+            yield result
+
+
+def embed_captions(model: Model, store: Store, items: Sequence[Item], on_step: OnStep) -> None:
+    """Store the text embedding of every caption once, and of the empty text, which caption dropout needs."""
+    texts = dict.fromkeys(["", *(caption for item in items for caption in item.captions)])
+    missing = [text for text in texts if not store.has_text(text)]
+    for start in range(0, len(missing), 32):
+        some = missing[start : start + 32]
+        for text, tensors in zip(some, model.embed(some), strict=True):
+            store.put_text(text, tensors)
+        on_step("texts", start + len(some), len(missing))
+
+
+def _read_ahead(
+    model: Model, store: Store, items: Sequence[Item], sizes: Sequence[Size], options: Any
+) -> Iterator[_Ready | Encoded]:
+    """Every item read, by a thread that is one clip ahead; or what became of it where it needs no encoding."""
+
+    def read(item: Item) -> _Ready | Encoded:
+        try:
+            size = clips.bucket(item, sizes, options.fps)
+            transform = {"size": size, "fps": options.fps, "fit": "cover, centre", "posterior": options.posterior}
+            name = key(item.sha256(), transform, model.space.id)
+            if name in store:
+                return Encoded(str(item.path), name, "there already")
+            return _Ready(item, name, clips.load(item, *size, fps=options.fps))
+        except BadClip as error:
+            return _set_aside(store, item, error)
+
+    with ThreadPoolExecutor(1) as worker:
+        ahead = [worker.submit(read, item) for item in items[:2]]
+        for i in range(len(items)):
+            if i + 2 < len(items):
+                ahead.append(worker.submit(read, items[i + 2]))
+            yield ahead.pop(0).result()
+
+
+def _set_aside(store: Store, item: Item, error: BadClip) -> Encoded:
+    outcome = Encoded(str(item.path), status="set aside", reason=error.reason)
+    with (store.folder / "set-aside.jsonl").open("a") as file:
+        file.write(json.dumps(asdict(outcome)) + "\n")
+    return outcome
+
+
+def _put(model: Model, store: Store, group: Sequence[_Ready], options: Any) -> list[Encoded]:
+    """Encode a batch of clips of one size and add them to the store."""
+    started = time.perf_counter()
+    pixels = torch.stack([ready.clip.pixels for ready in group])
+    streams = {name: s.cpu() for name, s in model.encode(pixels).items()}
+    seconds = (time.perf_counter() - started) / len(group)
+    found: list[float | None] = [None] * len(group)
+    if options.check:
+        found = [psnr(a, b) for a, b in zip(model.decode(as_latents(streams)).float().cpu(), pixels, strict=True)]
+    results = []
+    for i, ready in enumerate(group):
+        one = _posterior({name: s[i] for name, s in streams.items()}, options, ready.key)
+        record = {**ready.clip.record, "captions": list(ready.item.captions), "posterior": options.posterior}
+        record["encoder_seconds"] = round(seconds, 4)
+        if found[i] is not None:
+            record["check"] = {"psnr": round(float(found[i] or 0.0), 3)}
+        _, *grid = next(iter(one.values())).shape
+        extra = {name: _on_grid(s, (grid[0], grid[1], grid[2])) for name, s in ready.clip.extra.items()}
+        store.put(ready.key, {**one, **extra}, record)
+        results.append(Encoded(str(ready.item.path), ready.key, psnr=found[i]))
+    return results
+
+
+def _on_grid(mask: Tensor, grid: tuple[int, int, int]) -> Tensor:
+    """A map (T, H, W) over pixels, averaged onto the grid (T', H', W') of the latents: (1, T', H', W')."""
+    return torch.nn.functional.adaptive_avg_pool3d(mask[None, None].float(), grid)[0]
+
+
+def as_latents(streams: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Streams as `decode` takes them: the posterior's mean stands for the latents."""
+    rest = {name: s for name, s in streams.items() if name not in ("mean", "logvar")}
+    return {**rest, "latents": streams["mean"]} if "mean" in streams else rest
+
+
+def _posterior(streams: dict[str, Tensor], options: Any, name: str) -> dict[str, Tensor]:
+    """What of the posterior is kept: both moments, the mean, or one draw that depends on the clip's key alone."""
+    if "mean" not in streams or options.posterior == "moments":
+        return streams
+    rest = {k: s for k, s in streams.items() if k != "logvar"}
+    if options.posterior == "mean":
+        return rest
+    rest["latents"] = sample_posterior(streams, seeded(options.seed, name))
+    del rest["mean"]
+    return rest
+
+
+def set_aside(folder: Path) -> list[dict[str, Any]]:
+    """The inputs that were set aside, with their reasons."""
+    path = folder / "set-aside.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []

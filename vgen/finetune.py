@@ -1,0 +1,59 @@
+"""Fine-tuning: brings the data, a part and the checkpoint of any family to the training loop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from vgen import clips, train
+from vgen.dataset import Batch, latent_batches, pixel_batches
+from vgen.errors import UsageError
+from vgen.export import export
+from vgen.family import Family
+from vgen.machine import DTYPES, Machine
+from vgen.model import Model, OnStep
+from vgen.store import Store
+
+
+def finetune(
+    card: Family, model: Model, base: Path, options: Any, machine: Machine, on_step: OnStep = lambda name, i, n: None
+) -> dict[str, Any]:
+    """Train the part `options.part` and write the checkpoint `options.output`; its state lies in output/training.
+
+    `base` is the folder of the checkpoint that is trained further. Returns the figures of the last step.
+    """
+    part = model.part(options.part, options)
+    batch = batches(card, model, options)
+    output = Path(options.output)
+
+    def save(networks: Mapping[str, nn.Module]) -> None:
+        settle = getattr(part, "settle", None)
+        if settle is not None:
+            settle()
+        manifest = {"format": "vgen-checkpoint/1", "family": card.name, "tag": output.name, "part": options.part}
+        export(base, networks, output, manifest, DTYPES[options.save_dtype])
+
+    return train.fit(part, batch, options, machine, output / "training", export=save, on_step=on_step)
+
+
+def batches(card: Family, model: Model, options: Any) -> Callable[[int], Batch]:
+    """The batches that a part trains on, as a function of the step. Raises UsageError where --data does not fit."""
+    if not options.data:
+        raise UsageError("--data is missing.", "Give a latent store (vgen encode makes one), or clips for pixels.")
+    if card.part(options.part).trains_on == "pixels":
+        items = clips.discover(list(options.data), None)
+        size = (options.num_frames, options.height, options.width)
+        return pixel_batches(items, size, options.train_batch_size, options.seed)
+    mend = f"vgen encode {card.name} CLIPS --checkpoint {options.checkpoint or 'demo'} -o {options.data[0]}"
+    stores = [Store.open(Path(folder), space=model.space, mend=mend) for folder in options.data]
+    return latent_batches(
+        stores,
+        model.space,
+        options.train_batch_size,
+        options.seed,
+        dropout=options.caption_dropout,
+        texts=not getattr(options, "train_text_encoder", False),
+    )

@@ -1,0 +1,97 @@
+"""The contract: what the core asks of a loaded family. Nothing here is inherited; agreeing names are enough."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import Generator, Tensor, nn
+
+from vgen.diffusion import Conditions, Denoise, Kind, Process
+from vgen.latents import Space
+from vgen.samplers import Guidance, Step
+
+OnStep = Callable[[str, int, int], None]  # the name of the act, how many are done, of how many
+
+
+class Sampler(Protocol):
+    """A function of `samplers`, with whatever is its own (noise, eta) filled in."""
+
+    def __call__(
+        self, denoise: Denoise, x: Tensor, times: Tensor, process: Process, *, on_step: Callable[[Step], None]
+    ) -> Tensor: ...
+
+
+@dataclass(frozen=True, eq=False)
+class Draw:
+    """What one denoiser is asked for. The family makes it from the options.
+
+    `x` is (B, C, T, H, W) at times[0]; `cond` and `uncond` hold the conditions, (B, ...) each, with and without;
+    `window` is (size, stride) in frames of x where the clip is longer than the network takes; the first `skip`
+    frames of the result only fill up a patch in time and are dropped. `batched` asks for both passes at once.
+    """
+
+    x: Tensor
+    times: Tensor
+    cond: Conditions
+    uncond: Conditions
+    guidance: Guidance
+    sampler: Sampler
+    window: tuple[int, int] | None = None
+    skip: int = 0
+    batched: bool = True
+
+
+class Part(Protocol):
+    """One network of a loaded model. `x_BCTHW` are its latents at the scale it was trained at."""
+
+    name: str
+    modules: Mapping[str, nn.Module]  # what trains, by the subfolder it is saved in
+
+    def loss(self, batch: Mapping[str, Any], generator: Generator) -> Tensor:
+        """The training loss of one batch, a scalar. Most parts return `diffusion.loss`."""
+        ...
+
+
+class Denoiser(Part, Protocol):
+    """A part that diffuses."""
+
+    process: Process
+    output: Kind  # what predict means
+    stream: str  # the stream of the latent file that it makes
+
+    def predict(self, x: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
+        """One call of the network, raw output, of the shape of x."""
+        ...
+
+
+class Model(Protocol):
+    """What the core asks of a loaded family. Pixels are (B, 3, T, H, W) in [-1, 1]."""
+
+    space: Space
+    base: tuple[str, ...]  # the denoisers that `sample` runs, in order
+
+    def encode(self, pixels: Tensor) -> dict[str, Tensor]:
+        """Pixels to streams (B, ...), unscaled: the posterior's 'mean' and 'logvar', or what the family stores."""
+        ...
+
+    def decode(self, streams: Mapping[str, Tensor]) -> Tensor:
+        """Streams (B, ...), unscaled, to pixels."""
+        ...
+
+    def embed(self, texts: list[str]) -> list[dict[str, Tensor]]:
+        """Text embeddings, one dict of tensors for each text; empty dicts from a family without text."""
+        ...
+
+    def draw(self, name: str, options: Any, streams: Mapping[str, Tensor]) -> Draw:
+        """What the denoiser `name` is asked for, given the streams of the parts before it."""
+        ...
+
+    def denoiser(self, name: str, options: Any) -> Denoiser:
+        """A denoiser ready for sampling: adapters loaded, compiled or cached as `options` say."""
+        ...
+
+    def part(self, name: str, options: Any) -> Part:
+        """A part ready for training: gradients on, random weights where asked."""
+        ...
