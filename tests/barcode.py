@@ -88,8 +88,8 @@ def remux(source: Path, path: Path, *, start: float = 0.0, offset: float = 0.0) 
         new = write.add_stream_from_template(old)
         assert old.time_base is not None
         if start:
-            read.seek(int(start / old.time_base), stream=old)
-        shift = int((offset - start) / old.time_base)
+            read.seek(round(start / old.time_base), stream=old)
+        shift = round((offset - start) / old.time_base)
         for packet in read.demux(old):
             if packet.dts is None or packet.pts is None:
                 continue

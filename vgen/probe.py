@@ -39,9 +39,9 @@ class Probe:
     """A video file. Times are in seconds, sizes in pixels as shown (turned upright).
 
     `pts` are the stamps of the frames that are shown, in order; `stamped` is False where the container has
-    none (AVI) and they are counted. `rotation` is clockwise, after mirroring left to right where `mirrored`.
-    `pixel_aspect` is width / height of one pixel as shown. Colour tags are the code points of ITU-T H.273
-    (2: not said) and `color_range` is 1 for limited, 2 for full.
+    none (AVI) and they are counted. With `open_gop` decoding cannot start clean at every key frame. `rotation` is
+    clockwise, after mirroring left to right where `mirrored`. `pixel_aspect` is width / height of one pixel as
+    shown. Colour tags are the code points of ITU-T H.273 (2: not said), `color_range` 1 for limited, 2 for full.
     """
 
     path: Path
@@ -58,6 +58,7 @@ class Probe:
     time_base: Fraction
     stamped: bool
     vfr: bool
+    open_gop: bool
     has_audio: bool
     pix_fmt: str
     bits: int
@@ -227,24 +228,26 @@ def _describe(path: Path, name: str, container: Any, stream: Any, first: Any, pa
     vfr = any(abs(b - a - 1 / fps) > max(tick, 1 / fps / 20) for a, b in pairwise(pts))
     rotation, mirrored = _orientation(path, first)
     aspect = Fraction(stream.sample_aspect_ratio or 1) or Fraction(1)
-    turned = rotation % 180 == 90
+    lying = rotation % 180 == 90
     bits = max(c.bits for c in first.format.components)
-    fault = _fault(name, context.name, packets, pts, bits=bits, turned=rotation != 0 or mirrored, vfr=vfr)
+    turned, open_gop = rotation != 0 or mirrored, _open_gop(packets)
+    fault = _fault(name, context.name, packets, pts, open_gop=open_gop, bits=bits, turned=turned, vfr=vfr)
     return Probe(
         path=path,
         container=name,
         codec=stream.codec_context.codec.canonical_name,
-        width=first.height if turned else first.width,
-        height=first.width if turned else first.height,
+        width=first.height if lying else first.width,
+        height=first.width if lying else first.height,
         rotation=rotation,
         mirrored=mirrored,
-        pixel_aspect=1 / aspect if turned else aspect,
+        pixel_aspect=1 / aspect if lying else aspect,
         fps=fps,
         pts=pts,
         duration=pts[-1] - pts[0] + (tick * length or 1 / fps),
         time_base=tick,
         stamped=stamped,
         vfr=vfr,
+        open_gop=open_gop,
         has_audio=bool(container.streams.audio),
         pix_fmt=first.format.name,
         bits=bits,
@@ -305,6 +308,7 @@ def _fault(
     packets: Iterable[_Packet],
     pts: tuple[Fraction, ...],
     *,
+    open_gop: bool,
     bits: int,
     turned: bool,
     vfr: bool,
@@ -318,7 +322,7 @@ def _fault(
         (name not in DECORD_CONTAINERS or codec not in DECORD_CODECS, f"decord is not trusted with {codec} in {name}"),
         (any(p.discard for p in packets), "decord shows frames that the edit list hides"),
         (bool(pts) and pts[0] != 0, "decord loses the stamps of a clip that does not start at 0"),
-        (_open_gop(packets), "decord seeks wrongly in open groups of pictures"),
+        (open_gop, "decord seeks wrongly in open groups of pictures"),
         (turned, "decord's batches fail on clips with a rotation flag"),
         (bits > 8, f"{bits} bits a channel are converted by PyAV"),
         (vfr, "the frame rate varies and exact times are wanted"),

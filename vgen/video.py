@@ -26,6 +26,7 @@ __all__ = ["BadClip", "Clip", "Probe", "available", "file_sha256", "frames", "pr
 
 _SWS = {1: 1, 4: 4, 5: 5, 6: 5, 7: 7, 9: 9, 10: 9}  # H.273 matrix -> swscale's; it takes an untagged clip for BT.601
 _SEEKABLE = ("mp4", "matroska")
+_MARGIN = 20  # frames: containers seek by decoding time, which runs up to 16 frames ahead of the screen
 
 
 @dataclass(frozen=True)
@@ -167,8 +168,8 @@ def _decode(told: Probe, first: int, last: int) -> Iterator[tuple[int, Any]]:
     with open_video(told.path) as container:
         stream = video_stream(container, told.path)
         stream.thread_type = "AUTO"
-        if told.pts[first] - told.pts[0] > 2 and told.container in _SEEKABLE:
-            container.seek(int(told.pts[first] / told.time_base), stream=stream)
+        if first > _MARGIN and told.container in _SEEKABLE and not told.open_gop:
+            container.seek(int(told.pts[first - _MARGIN] / told.time_base), stream=stream)
         expected: int | None = None
         try:
             for count, frame in enumerate(_frames(container, stream)):

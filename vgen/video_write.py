@@ -59,7 +59,7 @@ def write(
     if first is None:
         raise VgenError(f"'{path}' was not written: there are no frames.")
     arrays = chain([first], arrays)
-    note = None if metadata is None else json.dumps(metadata, sort_keys=True, ensure_ascii=False)
+    note = None if metadata is None else json.dumps(metadata, sort_keys=True, ensure_ascii=False, default=str)
     with whole(target) as temporary:
         if not kind:
             _write_pngs(temporary, arrays, note)
