@@ -12,7 +12,20 @@ from vgen import record, settings
 from vgen.errors import UsageError
 from vgen.options import SampleOptions, opt
 
-NASTY = ["", "plain", 'a "quote"', "back\\slash", "new\nline", "tab\t", "\x00\x1f\x7f", "ü 猫 🎬", "'''", '"""', "# no", "a=b"]
+NASTY = [
+    "",
+    "plain",
+    'a "quote"',
+    "back\\slash",
+    "new\nline",
+    "tab\t",
+    "\x00\x1f\x7f",
+    "ü 猫 🎬",
+    "'''",
+    '"""',
+    "# no",
+    "a=b",
+]
 
 
 def test_values_come_back():

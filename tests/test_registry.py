@@ -13,7 +13,7 @@ from vgen import cache, registry
 from vgen.errors import UsageError, VgenError
 
 sys.path.insert(0, str(TOYS))
-from toy_family import family as toy  # noqa: E402
+from toy_family import family as toy
 
 SHA = "0123456789abcdef0123456789abcdef01234567"
 WEIGHTS, CONFIG = b"weights" * 99, b'{"width": 3}'

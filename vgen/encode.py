@@ -54,6 +54,7 @@ def encode(
     A key that is there is skipped, so a run goes on where it stopped. Clips of one size are encoded together, up to
     `options.batch_size`, while a thread reads the next ones. Bad clips are also listed in set-aside.jsonl.
     """
+    model.ready_to_encode()
     waiting: dict[tuple[int, ...], list[_Ready]] = {}
     done = 0
     for outcome in _read_ahead(model, store, items, sizes, options):

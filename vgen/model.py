@@ -72,6 +72,10 @@ class Model(Protocol):
     space: Space
     base: tuple[str, ...]  # the denoisers that `sample` runs, in order
 
+    def ready_to_encode(self) -> None:
+        """Load what `encode` needs: loading changes torch's default dtype for all threads, so none may run yet."""
+        ...
+
     def encode(self, pixels: Tensor) -> dict[str, Tensor]:
         """Pixels to streams (B, ...), unscaled: the posterior's 'mean' and 'logvar', or what the family stores."""
         ...

@@ -16,7 +16,8 @@ from vgen import __version__, cache
 from vgen.commands.families import Json, Quiet
 from vgen.commands.output import Out, mode
 from vgen.commands.quiet import hush
-from vgen.family import families
+from vgen.errors import VgenError
+from vgen.family import family, installed
 from vgen.files import cache_folder
 
 EXAMPLES = ("vgen doctor", "vgen doctor --json")
@@ -124,11 +125,13 @@ def _disk() -> Iterator[Fact]:
 
 
 def _families() -> Iterator[Fact]:
-    cards, broken = families()
-    for card in cards:
+    for name in installed():
+        try:
+            card = family(name)
+        except VgenError as error:
+            yield f"family {name}", error.message, error.do
+            continue
         demo = (
             "with a demo" if card.demo and not cache.missing(card.demo) else "no demo checkpoint in this installation"
         )
         yield f"family {card.name}", f"{', '.join(card.verbs)}; {demo}", ""
-    for error in broken:
-        yield "family", error.message, error.do

@@ -142,6 +142,10 @@ class CogVideoX:
         self.release("text_encoder")
         return torch.stack([found[one]["text"] for one in texts])  # type: ignore[index]
 
+    def ready_to_encode(self) -> None:
+        """Load the autoencoder."""
+        self.network("vae")
+
     def encode(self, pixels: Tensor) -> dict[str, Tensor]:
         """Pixels (B, 3, T, H, W) in [-1, 1] to unscaled 'mean' and 'logvar'."""
         vae = self.network("vae")
