@@ -316,7 +316,10 @@ def test_what_is_no_video_says_so(tmp_path: Path) -> None:
         frame.sample_rate = 16000
         container.mux(stream.encode(frame))
         container.mux(stream.encode())
+    plain = make(tmp_path / "plain.mp4", 3).read_bytes()
+    (tmp_path / "codec.mp4").write_bytes(plain.replace(b"avc1", b"zzzz").replace(b"avcC", b"zzzC"))
     reasons = {
+        "codec.mp4": "no decoder for its video stream",
         "empty.mp4": "it is empty",
         "text.mp4": "not a readable video",
         "list.mp4": "not a readable video",
@@ -328,6 +331,14 @@ def test_what_is_no_video_says_so(tmp_path: Path) -> None:
         with pytest.raises(BadClip, match=reason) as told:
             probe(tmp_path / name)
         assert told.value.path == tmp_path / name
+
+
+def test_nothing_is_printed_about_damage(tmp_path: Path) -> None:
+    path = make(tmp_path / "a.mp4", 30, options=CLOSED)
+    _zero(path, 20)
+    code = "import sys\nfrom vgen.video import BadClip, read\ntry: read(sys.argv[1])\nexcept BadClip: sys.exit(7)"
+    run = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=False)
+    assert (run.returncode, run.stdout, run.stderr) == (7, "", "")
 
 
 def test_without_decord_everything_is_read_by_pyav(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ read in order, was right in each of them.
 from __future__ import annotations
 
 import importlib.util
+import logging
 import math
 import struct
 from collections.abc import Iterable, Iterator
@@ -21,6 +22,7 @@ import av
 
 from vgen.errors import VgenError
 
+logging.getLogger("libav").addHandler(logging.NullHandler())  # else FFmpeg's words go to stderr by themselves
 DECORD_CONTAINERS = ("mp4", "matroska")
 DECORD_CODECS = ("h264", "hevc", "vp8", "vp9")
 
@@ -113,6 +115,8 @@ def video_stream(container: Any, path: Path) -> Any:
     stream = container.streams.best("video")
     if stream is None or "attached_pic" in str(stream.disposition.name or ""):
         raise BadClip(path, "it has no video stream")
+    if stream.codec_context is None:
+        raise BadClip(path, "this build of FFmpeg has no decoder for its video stream")
     stream.codec_context.options = {"err_detect": "explode"}
     return stream
 

@@ -146,6 +146,7 @@ def _with_decord(told: Probe, wanted: Sequence[int]) -> tuple[Tensor | None, str
         import decord
     except (ImportError, OSError) as error:  # OSError: its libraries do not load
         return None, f"decord does not import: {error}"
+    decord.logging.set_level(decord.logging.QUIET)
     try:
         reader = decord.VideoReader(str(told.path.resolve()), num_threads=1, fault_tol=1)
         stamps = reader.get_frame_timestamp(range(len(reader)))[:, 0]
