@@ -6,6 +6,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import loopback
 import pytest
 from shell import TOYS, run, vgen
 
@@ -230,3 +231,62 @@ def test_list_show_verify_remove(hub):
     assert removed.json()["freed"] > len(WEIGHTS)
     assert not folder.exists()
     assert vgen("checkpoints", "remove", "toy.demo", "--yes", **home).code == 2
+
+
+DOWNLOAD = """
+import json, sys
+from vgen import registry
+from toy_family import family
+for reference in sys.argv[1:]:
+    found = registry.resolve(family, reference, accelerator=False)
+    try:
+        got = registry.download(family, found)
+        files = sorted(str(p.relative_to(got.folder)) for p in got.folder.rglob("*") if p.is_file())
+        print(json.dumps([got.reference, files, dict(got.checkpoint.defaults)]))
+    except registry.VgenError as error:
+        print(json.dumps(str(error)))
+"""
+FILES = {
+    "model_index.json": json.dumps({"_class_name": "Toy", "net": ["diffusers", "Net"]}).encode(),
+    "net/config.json": CONFIG,
+    "net/net.safetensors": WEIGHTS,
+    "net/net.bin": b"a pickle",
+    "run_me.py": b"print('no')",
+}
+
+
+def download(home: Path, repos: dict[str, dict[str, bytes]], *references: str) -> list:
+    with loopback.hub(repos) as (address, asked):
+        home_and_hub = {"HF_HOME": str(home), "HF_ENDPOINT": address, "HF_HUB_OFFLINE": "0"}
+        done = run([sys.executable, "-c", DOWNLOAD, *references], HF_HUB_DISABLE_XET="1", **home_and_hub)
+        assert done.code == 0, done.err
+        assert not [path for path in asked if path.endswith((".bin", ".py"))]
+    return [json.loads(line) for line in done.out.splitlines()]
+
+
+def test_the_real_client_downloads_what_is_safe_and_pins_it(tmp_path):
+    big, mine, again = download(tmp_path, {"toys/big": FILES, "me/mine": FILES}, "toy.big", "me/mine@main", "big")
+    safe = ["model_index.json", "net/config.json", "net/net.safetensors"]
+    assert big == [f"toys/big@{loopback.SHA}", safe, {"num_frames": 49, "fps": 8.0}]
+    assert mine[:2] == [f"me/mine@{loopback.SHA}", safe]
+    assert mine[2]["num_frames"] == 9
+    assert again == big
+
+
+def test_the_hubs_refusals_say_what_to_do(tmp_path):
+    pickled = {name: data for name, data in FILES.items() if "safetensors" not in name}
+    wanted = ("toys/gated", "toys/gone", "toys/old@v9", "me/pickled")
+    gated, gone, old, pickles = download(tmp_path, {"me/pickled": pickled}, *wanted)
+    assert "hf auth login" in gated
+    assert "agree" in gated.lower()
+    assert "does not exist on the Hub, or is private" in gone
+    assert "no revision 'v9'" in old
+    assert "can run any code" in pickles
+
+
+def test_a_damaged_download_is_not_used(tmp_path):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(loopback.DAMAGE, "net/net.safetensors", WEIGHTS[::-1])
+        (told,) = download(tmp_path, {"toys/big": FILES}, "big")
+    assert "arrived damaged: net/net.safetensors" in told
+    assert "vgen checkpoints remove" in told

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -111,7 +112,7 @@ def _filled(card: Family, options: Any, found: registry.Found, origins: dict[str
 def _fetch(job: Job) -> None:
     """Have the weights on the disk; a repository that no card names is known, and checked, only then."""
     if job.found.folder is None:
-        hush()
+        hush(bars=sys.stderr.isatty() and not job.out.silent)
         job.out.say(f"Downloading {job.found.reference} ({job.found.repo}) ...")
         job.found = registry.download(job.card, job.found)
         job.options = _filled(job.card, job.options, job.found, job.origins)

@@ -13,7 +13,6 @@ SETTINGS = {
     "DIFFUSERS_VERBOSITY": "error",
     "TOKENIZERS_PARALLELISM": "false",
     "BITSANDBYTES_NOWELCOME": "1",
-    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "HF_HUB_DISABLE_TELEMETRY": "1",
 }
 
@@ -23,10 +22,15 @@ def debugging() -> bool:
     return os.environ.get("VGEN_DEBUG", "") not in ("", "0")
 
 
-def hush() -> None:
-    """Quieten other libraries. Call it before they are imported; a variable that is already set is left alone."""
+def hush(bars: bool = False) -> None:
+    """Quieten other libraries. Call it before they are imported; a variable that is already set is left alone.
+
+    `bars` leaves the Hub its progress bars, for a download that someone watches.
+    """
     if debugging():
         return
+    if not bars:
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     for name, value in SETTINGS.items():
         os.environ.setdefault(name, value)
     for library in LIBRARIES:
