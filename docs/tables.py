@@ -108,6 +108,21 @@ def parts(name: str) -> str:
     return table(("part", "what it is", "trains on"), rows)
 
 
+def drawn() -> str:
+    """What the clips of the drawn world show. Imports torch."""
+    from vgen import world
+
+    rows = (
+        ("objects", world.OBJECTS),
+        ("colours", tuple(world.COLOURS)),
+        ("motions", world.PLAIN),
+        ("motions of `world-full` beside these", tuple(m for m in world.FULL if m not in world.PLAIN)),
+        ("backgrounds", world.BACKGROUNDS),
+        ("cameras", world.CAMERAS),
+    )
+    return table(("what", "words"), ((name, ", ".join(words)) for name, words in rows))
+
+
 KINDS: dict[str, Callable[..., str]] = {
     "flags": flags,
     "house": house,
@@ -115,6 +130,7 @@ KINDS: dict[str, Callable[..., str]] = {
     "native": native,
     "rules": rules,
     "parts": parts,
+    "world": drawn,
 }
 
 

@@ -1,0 +1,72 @@
+"""The model of ripple: data are normal around one clip of waves, so the best denoiser is a formula."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ripple import COLOURS
+from vgen.diffusion import Flow
+from vgen.family import Checkpoint
+from vgen.latents import Space
+from vgen.machine import Machine
+from vgen.model import Draw
+from vgen.samplers import clip_noise, ddim
+
+
+def load(folder: Path, checkpoint: Checkpoint, machine: Machine) -> Ripple:
+    """The model of a checkpoint folder."""
+    return Ripple(json.loads((folder / "model_index.json").read_text())["spread"])
+
+
+class Waves:
+    """The part 'waves'. Latents are pixels (B, 3, T, H, W)."""
+
+    name, stream, output, process = "waves", "latents", "x0", Flow()
+
+    def __init__(self, spread: float) -> None:
+        self.spread = spread
+
+    def predict(self, x: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
+        """E[x0 | x] for x0 ~ N(waves, spread^2) and x = (1 - t) x0 + t e."""
+        s = (t / 1000).view(-1, 1, 1, 1, 1)  # Flow tells 1000 t
+        a = 1 - s
+        gain = a * self.spread**2 / ((a * self.spread) ** 2 + s**2)
+        return cond["waves"] + gain * (x - a * cond["waves"])
+
+
+class Ripple:
+    """What the core asks of a model; see vgen/model.py."""
+
+    space, base = Space("ripple-pixels", channels=3, strides=(1, 1, 1)), ("waves",)
+
+    def __init__(self, spread: float) -> None:
+        self.spread = spread
+
+    def decode(self, streams: Mapping[str, Tensor]) -> Tensor:
+        """Streams to pixels."""
+        return streams["latents"].clamp(-1, 1)
+
+    def denoiser(self, name: str, options: Any) -> Waves:
+        """The part, ready for sampling."""
+        return Waves(self.spread)
+
+    def draw(self, name: str, options: Any, streams: Mapping[str, Tensor]) -> Draw:
+        """What the part is asked for."""
+        seeds = range(options.seed, options.seed + options.num_videos_per_prompt)
+        shape = (3, options.num_frames, options.height, options.width)
+        times = Waves.process.times(options.num_inference_steps)
+        cond = {"waves": self.waves(options).expand(len(seeds), *shape)}
+        return Draw(x=clip_noise(shape, seeds)(), times=times, cond=cond, uncond=cond, guidance=1.0, sampler=ddim)
+
+    def waves(self, options: Any) -> Tensor:
+        """The clip (3, T, H, W) that all samples are near, in [-1, 1]."""
+        colour = next(COLOURS[word] for word in options.prompt.lower().split() if word in COLOURS)
+        across, passed = torch.linspace(0, options.crests, options.width), torch.arange(options.num_frames)
+        height = (torch.cos(2 * torch.pi * (across - passed[:, None] / options.num_frames)) + 1) / 2
+        return height[None, :, None] * (torch.tensor(colour).view(3, 1, 1, 1) + 1) - 1
