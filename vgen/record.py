@@ -37,7 +37,7 @@ PACKAGES = (
 
 @dataclass
 class Run:
-    """One run, from its start to its record. `checkpoint` says which weights ran."""
+    """One run, from its start to its record. `checkpoint` says which weights ran, `facts` what else is known early."""
 
     verb: str
     family: str
@@ -46,6 +46,7 @@ class Run:
     command: list[str] = field(default_factory=lambda: ["vgen", *sys.argv[1:]])
     started: datetime = field(default_factory=lambda: datetime.now(UTC))
     clock: float = field(default_factory=time.monotonic)
+    facts: dict[str, Any] = field(default_factory=dict)
 
     @property
     def seconds(self) -> float:
@@ -63,6 +64,7 @@ class Run:
             "ended": datetime.now(UTC).isoformat(timespec="seconds"),
             "seconds": self.seconds,
             "peak_memory_mib": peak_memory(),
+            **self.facts,
             **facts,
             "checkpoint": dict(self.checkpoint),
             "versions": versions(),

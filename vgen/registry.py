@@ -7,6 +7,7 @@ import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
 
 from vgen import cache
@@ -35,8 +36,8 @@ class Found:
 
 
 def accelerator() -> bool:
-    """Whether this machine seems to have a GPU: from device files and variables, without torch."""
-    if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
+    """Whether this machine seems to have a GPU, by device files, a variable and torch's version: without torch."""
+    if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1") or version("torch").endswith("+cpu"):
         return False
     apple = sys.platform == "darwin" and os.uname().machine == "arm64"
     return apple or any(Path(name).exists() for name in ("/dev/nvidia0", "/dev/kfd", "/dev/dxg"))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import sys
 import traceback
@@ -11,6 +10,7 @@ from dataclasses import fields
 from vgen.commands.output import complain
 from vgen.commands.quiet import debugging
 from vgen.errors import VgenError
+from vgen.files import FULL
 
 SAVERS = {  # what lessens memory, cheapest first, by the option that must exist
     "vae_tiling": "--vae-tiling",
@@ -35,7 +35,7 @@ def explain(error: Exception, options: object | None = None) -> Exception:
         return VgenError(f"Out of memory. {first}", f"Cheapest first, try: {', '.join(flags)}.")
     if isinstance(error, OSError) and error.errno:
         where = f" ({error.filename})" if error.filename else ""
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in FULL:
             return VgenError(f"No space is left on the device{where}.", "Free some, or choose another place with -o.")
         return VgenError(f"{error.strerror}{where}.", "Check the path and the right to use it.")
     return error
@@ -45,7 +45,8 @@ def _out_of_memory(error: BaseException) -> bool:
     """Whether the error is torch's (any device's), Python's or the allocator's."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
-    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    told = str(error).lower()
+    return isinstance(error, RuntimeError) and ("out of memory" in told or "can't allocate memory" in told)
 
 
 def report(error: Exception) -> int:

@@ -12,7 +12,7 @@ from typing import Any
 
 import typer
 
-from vgen import __version__, family, outputs, record, registry, settings
+from vgen import __version__, cache, family, outputs, record, registry, settings
 from vgen.commands.errors import explain
 from vgen.commands.output import Out, complain, mode
 from vgen.commands.quiet import hush
@@ -28,6 +28,7 @@ ACTS = {
     "finetune": "vgen.commands.finetune:run",
 }
 SOURCES = ("input", "inputs", "data")  # options that name existing files or folders, or 'world:COUNT'
+SETS = ("inputs", "data")  # those of them that may be thousands of files; the stores hash each by itself
 CLIPS = ("sample", "interpolate", "upscale")  # verbs whose output must not exist yet; the others go on in a folder
 
 
@@ -92,7 +93,7 @@ def prepare(verb: str, card: Family, given: dict[str, Any], config: Path | None,
     if not dry:
         _fetch(job)
     job.options.checkpoint = job.found.reference
-    job.run.options, job.run.checkpoint = record.plain(job.options), job.checkpoint()
+    job.run.options = record.plain(job.options)
     return job
 
 
@@ -176,11 +177,28 @@ def _where(found: registry.Found) -> str:
     return f" in {found.folder}" if found.folder else f", to be downloaded from {found.repo}"
 
 
+def weights(folder: Path) -> dict[str, str]:
+    """The hash of each file of weights: as the Hub or the checkpoint's own list tells it, else computed."""
+    files = {str(path.relative_to(folder)): path for path in sorted(folder.rglob("*.safetensors"))}
+    known = cache.hashes(folder)
+    return {name: known.get(name) or record.hash_file(path) for name, path in files.items()}
+
+
+def device(asked: str) -> str:
+    """The device that runs, with 'auto' made definite. Imports torch."""
+    from vgen.machine import accelerator
+
+    return str(accelerator()) if asked == "auto" else asked
+
+
 def act(job: Job) -> int:
     """Start the work: the first line at once, other libraries' noise away, then the imports that take time."""
     if job.verb not in ACTS:
         raise VgenError(f"vgen {__version__} cannot run '{job.verb}' yet.", "A newer vgen may: pip install -U vgen")
     job.out.say(f"Loading {job.card.name} ({job.found.reference}), seed {job.options.seed} ...")
     hush()
+    job.run.checkpoint = {**job.checkpoint(), "files": weights(job.folder())}
+    inputs = [path for name, path in _inputs(job.options) if name not in SETS and path.is_file()]
+    job.run.facts = {"device": device(job.options.device), "inputs": record.hash_files(inputs)}
     run: Callable[[Job], int] = family.fetch(ACTS[job.verb])
     return run(job)
