@@ -6,11 +6,12 @@ from collections.abc import Callable
 from typing import Any
 
 
-def enable(network: Any, kind: str, timestep: Callable[[], int]) -> None:
-    """Put the hooks of `kind` ("fbcache" or "pab") on a network. `timestep` tells the current one."""
+def arrange(network: Any, kind: str, timestep: Callable[[], int]) -> None:
+    """Put fresh hooks of `kind` ("none", "fbcache" or "pab") on a network. `timestep` tells the current one."""
     if network.is_cache_enabled:
         network.disable_cache()
-    network.enable_cache(_config(kind, timestep))
+    if kind != "none":
+        network.enable_cache(_config(kind, timestep))
 
 
 def _config(kind: str, timestep: Callable[[], int]) -> Any:

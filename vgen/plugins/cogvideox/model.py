@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from transformers import AutoTokenizer, T5Config, T5EncoderModel
 
 from vgen import clips, diffusion, latents
 from vgen.embeddings import Embeddings
-from vgen.errors import VgenError
+from vgen.errors import UsageError, VgenError
 from vgen.family import Checkpoint
 from vgen.latents import Space, file_hash, sample_posterior, scale
 from vgen.machine import Machine
@@ -45,6 +45,7 @@ class CogVideoX:
     def __init__(self, folder: Path, checkpoint: Checkpoint, machine: Machine) -> None:
         self.folder, self.checkpoint, self.machine = folder, checkpoint, machine
         self.from_scratch: frozenset[str] = frozenset()
+        self.slicing = self.tiling = False
         self._loaded: dict[str, Any] = {}
 
     def config(self, name: str) -> dict[str, Any]:
@@ -109,12 +110,19 @@ class CogVideoX:
         """The noise process of the released scheduler."""
         return diffusion.from_scheduler_config(self.config("scheduler"))
 
-    def embed(self, texts: list[str]) -> list[dict[str, Tensor]]:
-        """Text embeddings (L, D) of each text."""
+    def embed(self, texts: Sequence[str]) -> Iterator[dict[str, Tensor]]:
+        """The embedding (L, D) of each text, alone, so that its bits do not depend on the others.
+
+        The text encoder leaves memory after the last.
+        """
+        for one in texts:
+            yield {"text": self._embedding(one)}
+        self.release("text_encoder")
+
+    def _embedding(self, one: str) -> Tensor:
         encoder = self.network("text_encoder")
         with self.machine.holding(encoder), torch.no_grad():
-            made = text.embed(encoder, self.tokenizer, texts, self.text_length)
-        return [{"text": one.cpu()} for one in made]
+            return text.embed(encoder, self.tokenizer, [one], self.text_length)[0].cpu()
 
     @property
     def text_length(self) -> int:
@@ -123,24 +131,23 @@ class CogVideoX:
 
     @cached_property
     def text_space(self) -> str:
-        """What identifies text embeddings: encoder weights, length and precision."""
-        weights = file_hash(self.folder / "text_encoder")
-        return f"t5:{weights[:16]}:{self.text_length}:{str(self.machine.dtype).removeprefix('torch.')}"
+        """What identifies text embeddings: the encoder's weights, and the length."""
+        return f"t5:{file_hash(self.folder / 'text_encoder')[:16]}:{self.text_length}"
 
     def unknown_words(self, prompt: str) -> tuple[list[str], list[str]]:
         """Words of a prompt that a small text encoder does not know, and all that it knows."""
         return text.unknown(self.tokenizer, prompt), text.known(self.tokenizer)
 
-    def cached_text(self, texts: list[str]) -> Tensor:
-        """Embeddings (B, L, D), from the disk where they are there; the encoder has left memory after it."""
-        cache = Embeddings(None, self.text_space)
-        found = {one: cache.get(one) for one in dict.fromkeys(texts)}
+    def cached_text(self, texts: Sequence[str]) -> dict[str, Tensor]:
+        """The embedding (L, D) of each text, from the disk where it is there; the encoder loads only for the others."""
+        precision = str(self.machine.dtype).removeprefix("torch.")
+        cache = Embeddings(None, f"{self.text_space}:{precision}")
+        found = {one: cache.get(one) for one in texts}
         missing = [one for one, tensors in found.items() if tensors is None]
-        for one, tensors in zip(missing, self.embed(missing) if missing else [], strict=True):
+        for one, tensors in zip(missing, self.embed(missing), strict=True):
             cache.put(one, tensors)
             found[one] = tensors
-        self.release("text_encoder")
-        return torch.stack([found[one]["text"] for one in texts])  # type: ignore[index]
+        return {one: tensors["text"] for one, tensors in found.items() if tensors is not None}
 
     def ready_to_encode(self) -> None:
         """Load the autoencoder."""
@@ -148,32 +155,38 @@ class CogVideoX:
 
     def encode(self, pixels: Tensor) -> dict[str, Tensor]:
         """Pixels (B, 3, T, H, W) in [-1, 1] to unscaled 'mean' and 'logvar'."""
-        vae = self.network("vae")
+        vae = self._vae()
         with self.machine.holding(vae), torch.no_grad():
             return autoencoder.encode(vae, pixels.to(self.machine.device))
 
     def decode(self, streams: Mapping[str, Tensor]) -> Tensor:
         """Unscaled 'latents' (B, C, T, H, W) to pixels (B, 3, T, H, W)."""
-        vae = self.network("vae")
+        vae = self._vae()
         with self.machine.holding(vae), torch.no_grad():
             return autoencoder.decode(vae, streams["latents"].to(self.machine.device))
 
+    def _vae(self) -> Any:
+        vae = self.network("vae")
+        autoencoder.save_memory(vae, slicing=self.slicing, tiling=self.tiling)
+        return vae
+
     def denoiser(self, name: str, options: Any) -> Transformer:
         """The transformer, ready for sampling."""
-        network = self.network("transformer").to(self.machine.device)
-        if options.cache != "none":
-            caching.enable(network, options.cache, lambda: part.timestep)
+        network = self.network("transformer")
+        part = Transformer(network, self.process)
+        caching.arrange(network, options.cache, lambda: part.timestep)
         if options.compile:
             network.compile()
-        part = Transformer(network, self.process)
         return part
 
     def draw(self, name: str, options: Any, streams: Mapping[str, Tensor]) -> Draw:
         """What the transformer is asked for: `num_videos_per_prompt` clips, with seeds that count up from `seed`."""
+        self.slicing, self.tiling = options.vae_slicing, options.vae_tiling
         count, device = options.num_videos_per_prompt, self.machine.device
         generators = [torch.Generator().manual_seed(options.seed + i) for i in range(count)]
-        texts = self.cached_text([options.prompt] * count + [options.negative_prompt] * count)
-        cond, uncond = ({"text": half.to(device)} for half in texts.chunk(2))
+        wanted = options.prompt, options.negative_prompt
+        texts = self.cached_text(wanted)
+        cond, uncond = ({"text": torch.stack([texts[one]] * count).to(device)} for one in wanted)
         shape, skip = self.shape(options)
         if options.image:
             picture = torch.stack([self._given(options.image, options, 1, g) for g in generators])
@@ -185,7 +198,6 @@ class CogVideoX:
             given = scale(self.space, torch.stack(clips))
             given = torch.cat([given[:, :, :1]] * skip + [given], 2)
         x = draw.start(self.process, times, shape, generators, given).to(device)
-        native = (options.window - 1) // self.space.strides[0] + 1
         return Draw(
             x=x,
             times=times,
@@ -193,23 +205,49 @@ class CogVideoX:
             uncond=uncond,
             guidance=draw.guidance_of(options, times),
             sampler=draw.sampler_of(options, draw.steps_noise(shape, generators, device)),
-            window=(native, max(1, native // 2)) if shape[1] > native else None,
+            window=self._window(options, shape[1]),
             skip=skip,
         )
+
+    def _window(self, options: Any, frames: int) -> tuple[int, int] | None:
+        """Size and stride, in frames of latents, of the windows that a clip of so many is denoised in; None for one."""
+        if options.num_frames <= options.window:
+            return None
+        size = (options.window - 1) // self.space.strides[0] + 1
+        size = min(frames, size + -size % self.patch_size_t)
+        return size, max(1, size // 2)
+
+    @property
+    def patch_size_t(self) -> int:
+        """Frames of latents in one patch."""
+        return int(self.config("transformer").get("patch_size_t") or 1)
 
     def shape(self, options: Any) -> tuple[tuple[int, int, int, int], int]:
         """Shape (C, T, H, W) of the latents of a clip, and how many of T only fill up a patch in time."""
         t, h, w = self.space.strides
         frames = (options.num_frames - 1) // t + 1
-        skip = -frames % (self.config("transformer").get("patch_size_t") or 1)
+        skip = -frames % self.patch_size_t
         return (self.space.channels, frames + skip, options.height // h, options.width // w), skip
 
     def _given(self, path: Path, options: Any, num_frames: int, generator: torch.Generator) -> Tensor:
-        """Unscaled latents (C, T, H, W) of a picture, a clip or a latent file, drawn from the posterior."""
+        """Unscaled latents (C, T, H, W) of a picture, a clip or a latent file, drawn from the posterior.
+
+        Raises UsageError for latents of another size.
+        """
         if path.suffix == ".safetensors":
             streams, record = latents.read(path)
             latents.require(record["space"], self.space, f"vgen encode cogvideox CLIP --checkpoint {self.folder}")
-            return sample_posterior(streams, generator)
+            z = sample_posterior(streams, generator)
+            t, h, w = self.space.strides
+            wanted = [(num_frames - 1) // t + 1, options.height // h, options.width // w]
+            if list(z.shape[1:]) != wanted:
+                frames, height, width = (z.shape[1] - 1) * t + 1, z.shape[2] * h, z.shape[3] * w
+                raise UsageError(
+                    f"{path} holds {frames} frames of {height}x{width}; {num_frames} of {options.height}x{options.width}"
+                    " are needed.",
+                    f"For a clip: --num-frames {frames} --height {height} --width {width}. Or encode it anew.",
+                )
+            return z
         pixels, _ = clips.load_file(path, num_frames, options.height, options.width, options.fps)
         streams = {name: s[0].cpu() for name, s in self.encode(pixels[None]).items()}
         return sample_posterior(streams, generator)
@@ -225,11 +263,15 @@ class CogVideoX:
             self.from_scratch = frozenset({"vae" if name == "autoencoder" else "transformer"} | also)
             torch.manual_seed(options.seed)
         part = self._autoencoder(options) if name == "autoencoder" else self._transformer(options)
-        networks: list[Any] = list(part.modules.values())
-        for network in networks:
+        for network in part.modules.values():
             network.requires_grad_(True).train()
+            if options.dtype == "auto":
+                network.float()  # small steps vanish in bf16; --mixed-precision makes fp32 fast
             if options.gradient_checkpointing:
-                network.enable_gradient_checkpointing()
+                _recompute(network)
+            if options.compile:
+                for called in [network.encoder, network.decoder] if name == "autoencoder" else [network]:
+                    called.compile()
         return part
 
     def _autoencoder(self, options: Any) -> Autoencoder:
@@ -243,3 +285,11 @@ class CogVideoX:
             part.modules = {**part.modules, "text_encoder": encoder}
             part.embed = lambda captions: text.embed(encoder, self.tokenizer, captions, length)
         return part
+
+
+def _recompute(network: Any) -> None:
+    """Turn gradient checkpointing on, in diffusers' words or in transformers'."""
+    if isinstance(network, T5EncoderModel):
+        network.gradient_checkpointing_enable({"use_reentrant": False})
+    else:
+        network.enable_gradient_checkpointing()

@@ -74,19 +74,22 @@ class Transformer:
 
         Equal to the squared error of x0 weighted by 1 / (1 - abar) (arXiv:2408.06072, section 2).
         """
-        cond = {k: batch[k] for k in ("text", "image") if k in batch}
-        if self.embed is not None:
-            cond["text"] = self.embed(batch["captions"])
+        x = self._filled(batch["latents"])
+        text = self.embed(batch["captions"]) if self.embed is not None else batch["text"]
         return diffusion.loss(
-            self.predict, self.process, self.output, batch["latents"], cond, generator, weight=self._weight(batch)
+            self.predict, self.process, self.output, x, {"text": text}, generator, weight=self._weight(batch)
         )
+
+    def _filled(self, x: Tensor) -> Tensor:
+        """x (B, C, T, H, W) with its first frame repeated until T fills whole patches in time."""
+        return torch.cat([x[:, :, :1]] * (-x.shape[2] % (self.network.config.patch_size_t or 1)) + [x], 2)
 
     def _weight(self, batch: Mapping[str, Any]) -> Tensor | None:
         """1 + w * mask, where w fades to nothing over `mask_steps`: it teaches objects early, then biases them."""
         fade = 1 - batch["progress"] / self.mask_steps if self.mask_steps else 1.0
         if "mask" not in batch or self.mask_weight * fade <= 0:
             return None
-        weight: Tensor = 1 + self.mask_weight * fade * batch["mask"]
+        weight: Tensor = 1 + self.mask_weight * fade * self._filled(batch["mask"])
         return weight / weight.mean()
 
 
