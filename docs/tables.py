@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 import sys
+import tomllib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
@@ -108,6 +109,17 @@ def parts(name: str) -> str:
     return table(("part", "what it is", "trains on"), rows)
 
 
+def recipes(name: str) -> str:
+    """The settings files beside the card of a family: what each says of itself, and what it writes."""
+    folder = ROOT / "vgen" / "plugins" / name
+    rows = []
+    for path in sorted(folder.glob("*.toml")):
+        text = path.read_text(encoding="utf-8")
+        told = text.partition("\n")[0].removeprefix("#").strip()
+        rows.append((f"[{path.name}](../{path.relative_to(ROOT)})", told, f"`{tomllib.loads(text)['output']}`"))
+    return table(("recipe", "what it does", "output"), rows)
+
+
 def drawn() -> str:
     """What the clips of the drawn world show. Imports torch."""
     from vgen import world
@@ -130,6 +142,7 @@ KINDS: dict[str, Callable[..., str]] = {
     "native": native,
     "rules": rules,
     "parts": parts,
+    "recipes": recipes,
     "world": drawn,
 }
 

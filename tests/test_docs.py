@@ -16,15 +16,16 @@ from vgen import latents, record, world
 from vgen.cli import VERBS
 from vgen.commands.surface import sections
 from vgen.errors import UsageError, VgenError
-from vgen.family import families
+from vgen.family import families, family
 from vgen.generate import to_frames
 from vgen.latents import Space
-from vgen.settings import VARIABLES
+from vgen.settings import VARIABLES, gather, read
 from vgen.store import Store
 from vgen.video_write import write
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+RECIPES = sorted((ROOT / "vgen" / "plugins").glob("*/*.toml"))
 BLOCK = re.compile(r"^(<!-- [^\n]+ -->\n)?```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 NOUNS = ("families", "checkpoints", "doctor")
 NOUN_FLAGS = {"--version", "--yes", "--install-completion", "--show-completion"}
@@ -62,14 +63,20 @@ def desk(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (desk / "bears" / "frame_00000.png").rename(desk / "bear.png")
     latents.write(desk / "clip.safetensors", {"latents": pixels}, {"space": SPACE, "fps": "8/1", "captions": [caption]})
     Store.open(desk / "latents", space=SPACE, create=True)
-    (card,) = (card for card in families()[0] if card.name == "cogvideox")
-    (desk / "tuned").symlink_to(str(card.demo), target_is_directory=True)
+    demo = str(family("cogvideox").demo)
+    (desk / "tuned").symlink_to(demo, target_is_directory=True)
     (settings,) = (text for name, text in blocks("toml").items() if name.startswith("command-line.md"))
     (desk / "settings.toml").write_text(settings)
     plan = vgen("sample", "cogvideox", "a red ball rising", "--checkpoint", "demo", "--dry-run", "--json", cwd=desk)
     assert plan.code == 0, plan.err
     (desk / "ball.mp4.toml").write_text(record.dumps(plan.json()["options"]))
-    (desk / "docs").symlink_to(ROOT / "docs", target_is_directory=True)
+    for name in ("docs", "vgen"):
+        (desk / name).symlink_to(ROOT / name, target_is_directory=True)
+    (desk / "runs").mkdir()
+    for name in ("demo-1", "demo-2", "demo-3"):
+        (desk / "runs" / name).symlink_to(demo, target_is_directory=True)
+    for name in ("world-stills", "world-clips"):
+        Store.open(desk / "runs" / name, space=SPACE, create=True)
     verbs = "|".join(VERBS)
     _program(desk / "dry", f'case "$1" in {verbs}) exec {sys.executable} -m vgen.cli "$@" --dry-run --json;; esac')
     _program(desk / "wet", "")
@@ -137,6 +144,13 @@ def test_the_second_command_of_the_readme_runs_these_tests():
         '.venv/bin/pip install -e ".[test]"',
         ".venv/bin/python -m pytest",
     ]
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.name)
+def test_recipes_set_only_options_that_exist(recipe):
+    values, origins = gather(family(recipe.parent.name).options("finetune"), {}, {}, recipe)
+    assert {name for name, origin in origins.items() if origin == str(recipe)} == read(recipe).keys()
+    assert values["output"].parts[0] == "runs"  # which git leaves out
 
 
 def test_links_resolve():

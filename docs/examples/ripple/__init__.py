@@ -23,8 +23,8 @@ class Sample(SampleOptions):
 
 def describe(folder: Path) -> Checkpoint:
     """What a checkpoint was made for."""
-    defaults = json.loads((folder / "model_index.json").read_text())["defaults"]
-    return Checkpoint(folder.name, license="cc0-1.0", defaults=defaults, rules={"num_frames": Rule(4, 1)})
+    told = json.loads((folder / "model_index.json").read_text())
+    return Checkpoint(folder.name, defaults=told["defaults"], rules={"num_frames": Rule(4, 1)}, facts=told)
 
 
 def check(options: Any, checkpoint: Checkpoint) -> None:

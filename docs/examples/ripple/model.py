@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -21,16 +21,16 @@ from vgen.samplers import clip_noise, ddim
 
 def load(folder: Path, checkpoint: Checkpoint, machine: Machine) -> Ripple:
     """The model of a checkpoint folder."""
-    return Ripple(json.loads((folder / "model_index.json").read_text())["spread"])
+    return Ripple(checkpoint.facts["spread"], machine)
 
 
+@dataclass
 class Waves:
     """The part 'waves'. Latents are pixels (B, 3, T, H, W)."""
 
+    spread: float
     name, stream, output, process = "waves", "latents", "x0", Flow()
-
-    def __init__(self, spread: float) -> None:
-        self.spread = spread
+    modules: ClassVar[dict[str, torch.nn.Module]] = {}  # a formula has no networks
 
     def predict(self, x: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
         """E[x0 | x] for x0 ~ N(waves, spread^2) and x = (1 - t) x0 + t e."""
@@ -40,13 +40,13 @@ class Waves:
         return cond["waves"] + gain * (x - a * cond["waves"])
 
 
+@dataclass
 class Ripple:
     """What the core asks of a model; see vgen/model.py."""
 
+    spread: float
+    machine: Machine
     space, base = Space("ripple-pixels", channels=3, strides=(1, 1, 1)), ("waves",)
-
-    def __init__(self, spread: float) -> None:
-        self.spread = spread
 
     def decode(self, streams: Mapping[str, Tensor]) -> Tensor:
         """Streams to pixels."""
@@ -58,11 +58,11 @@ class Ripple:
 
     def draw(self, name: str, options: Any, streams: Mapping[str, Tensor]) -> Draw:
         """What the part is asked for."""
-        seeds = range(options.seed, options.seed + options.num_videos_per_prompt)
+        seeds, device = range(options.seed, options.seed + options.num_videos_per_prompt), self.machine.device
         shape = (3, options.num_frames, options.height, options.width)
-        times = Waves.process.times(options.num_inference_steps)
-        cond = {"waves": self.waves(options).expand(len(seeds), *shape)}
-        return Draw(x=clip_noise(shape, seeds)(), times=times, cond=cond, uncond=cond, guidance=1.0, sampler=ddim)
+        cond = {"waves": self.waves(options).expand(len(seeds), *shape).to(device)}
+        x, times = clip_noise(shape, seeds, device)(), Waves.process.times(options.num_inference_steps)
+        return Draw(x=x, times=times, cond=cond, uncond=cond, guidance=1.0, sampler=ddim)
 
     def waves(self, options: Any) -> Tensor:
         """The clip (3, T, H, W) that all samples are near, in [-1, 1]."""
