@@ -290,3 +290,16 @@ def test_a_damaged_download_is_not_used(tmp_path):
         (told,) = download(tmp_path, {"toys/big": FILES}, "big")
     assert "arrived damaged: net/net.safetensors" in told
     assert "vgen checkpoints remove" in told
+
+
+def test_a_reference_without_a_family(hub, tmp_path):
+    mine = checkpoint(tmp_path / "mine", family="toy")
+    assert vgen("checkpoints", "show", mine, "--json").json()["family"] == "toy"
+    nothing = vgen("checkpoints", "show", "nothing")
+    assert (nothing.code, nothing.out) == (2, "")
+    assert "'nothing' is no checkpoint of any installed family" in nothing.err
+    assert "no checkpoint of any" in vgen("checkpoints", "show", "some/thing").err
+    (mine / "net" / "net.safetensors").rename(mine / "net" / "net.bin")
+    assert "can run any code" in vgen("checkpoints", "show", mine).err
+    twice = vgen("checkpoints", "show", "big", VGEN_FAMILIES="toy=toy_family:family,copy=toy_family:family")
+    assert (twice.code, "several families" in twice.err) == (2, True)

@@ -62,7 +62,7 @@ def test_a_help_page_is_light_and_has_two_examples(page):
 
 
 @pytest.mark.parametrize(
-    "line", ["--version", "families", "families --json", "checkpoints list", "checkpoints show demo"]
+    "line", ["--version", "families", "families --json", "checkpoints list", "checkpoints show toy.demo"]
 )
 def test_nouns_are_light(line):
     code, modules, text = start(line)

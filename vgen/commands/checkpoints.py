@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -95,13 +96,23 @@ def find(reference: str) -> tuple[Family, registry.Found]:
     for card in cards:
         if any(c.repo and reference.partition("@")[0] == c.repo for c in card.checkpoints):
             return card, registry.resolve(card, reference, accelerator=False)
-    error: VgenError = UsageError(f"'{reference}' is no checkpoint of any installed family.", registry.GRAMMAR)
+    matches, errors = [], []
     for card in cards:
         try:
-            return card, registry.resolve(card, reference, accelerator=False)
-        except VgenError as one:
-            error = one
-    raise error
+            found = registry.resolve(card, reference, accelerator=False)
+        except VgenError as error:
+            errors.append(error)
+            continue
+        if found.folder or found.checkpoint in card.checkpoints:
+            matches.append((card, found))
+    if len(matches) == 1:
+        return matches[0]
+    if matches:
+        names = ", ".join(f"{card.name}.{found.checkpoint.tag}" for card, found in matches)
+        raise UsageError(f"'{reference}' is a checkpoint of several families.", f"Name one: {names}.")
+    if errors and Path(reference).expanduser().is_dir():
+        raise errors[0]
+    raise UsageError(f"'{reference}' is no checkpoint of any installed family.", registry.GRAMMAR)
 
 
 @app.command(cls=noun("vgen checkpoints show FAMILY.demo", "vgen checkpoints show ./my-checkpoint --json"))
