@@ -107,6 +107,7 @@ def test_the_record_obeys_the_umask(tmp_path):
 @dataclass(kw_only=True)
 class Typed(SampleOptions):
     sharp: bool = opt(False, help="Sharp.")
+    lora: list[str] = opt([], help="Any number.")
 
 
 def gather(tmp_path, text="", flags=None, environ=None):

@@ -117,7 +117,7 @@ def latent_batches(
             caption = choose(record.get("captions", ()), dropout, generator)
             made["latents"].append(scale(space, sample_posterior(streams, generator).float()))
             made["captions"].append(caption)
-            made["keys"].append(key)
+            made["keys"].append(record.get("source", {}).get("uri", key))
             if texts:
                 made["text"].append(store.text(caption)["text"])
             if "mask" in streams:

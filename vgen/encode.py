@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,7 @@ class Encoded:
     reason: str = ""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Ready:
     """A clip that waits for the autoencoder."""
 
@@ -51,8 +52,9 @@ def encode(
 ) -> Iterator[Encoded]:
     """Encode `items` into `store`, each at the one of `sizes` that fits it best, and tell what became of each.
 
-    A key that is there is skipped, so a run goes on where it stopped. Clips of one size are encoded together, up to
-    `options.batch_size`, while a thread reads the next ones. Bad clips are also listed in set-aside.jsonl.
+    A key that is there is skipped, so a run goes on where it stopped; `options.overwrite` encodes it again. Content
+    that comes twice is encoded once. Clips of one size are encoded together, up to `options.batch_size`, while a thread
+    reads the next ones. Bad clips are also listed in set-aside.jsonl.
     """
     model.ready_to_encode()
     waiting: dict[tuple[int, ...], list[_Ready]] = {}
@@ -79,44 +81,62 @@ def encode(
 
 
 def embed_captions(model: Model, store: Store, items: Sequence[Item], on_step: OnStep) -> None:
-    """Store the text embedding of every caption once, and of the empty text, which caption dropout needs."""
+    """Store the text embedding of every caption once, and of the empty text, which caption dropout needs.
+
+    Nothing is done for a model without a text encoder.
+    """
+    if store.text_space is None:
+        return
     texts = dict.fromkeys(["", *(caption for item in items for caption in item.captions)])
     missing = [text for text in texts if not store.has_text(text)]
-    for start in range(0, len(missing), 32):
-        some = missing[start : start + 32]
-        for text, tensors in zip(some, model.embed(some), strict=True):
-            store.put_text(text, tensors)
-        on_step("texts", start + len(some), len(missing))
+    for i, (text, tensors) in enumerate(zip(missing, model.embed(missing), strict=True)):
+        store.put_text(text, tensors)
+        on_step("texts", i + 1, len(missing))
 
 
 def _read_ahead(
     model: Model, store: Store, items: Sequence[Item], sizes: Sequence[Size], options: Any
 ) -> Iterator[_Ready | Encoded]:
-    """Every item read, by a thread that is one clip ahead; or what became of it where it needs no encoding."""
+    """Every item read, by a thread that is two clips ahead; or what became of it where it needs no encoding."""
+    seen: set[str] = set()
 
     def read(item: Item) -> _Ready | Encoded:
         try:
             size = clips.bucket(item, sizes, options.fps)
-            transform = {"size": size, "fps": options.fps, "fit": "cover, centre", "posterior": options.posterior}
-            name = key(item.sha256(), transform, model.space.id)
-            if name in store:
+            name = key(item.sha256(), _transform(size, options), model.space.id)
+            if name in seen or (name in store and not options.overwrite):
                 return Encoded(str(item.path), name, "there already")
-            return _Ready(item, name, clips.load(item, *size, fps=options.fps))
+            loaded = clips.load(item, *size, fps=options.fps)
         except BadClip as error:
             return _set_aside(store, item, error)
+        seen.add(name)
+        return _Ready(item, name, loaded)
 
-    with ThreadPoolExecutor(1) as worker:
-        ahead = [worker.submit(read, item) for item in items[:2]]
-        for i in range(len(items)):
-            if i + 2 < len(items):
-                ahead.append(worker.submit(read, items[i + 2]))
-            yield ahead.pop(0).result()
+    worker = ThreadPoolExecutor(1)
+    try:
+        ahead: deque[Future[_Ready | Encoded]] = deque()
+        for item in items:
+            ahead.append(worker.submit(read, item))
+            if len(ahead) > 2:
+                yield ahead.popleft().result()
+        while ahead:
+            yield ahead.popleft().result()
+    finally:
+        worker.shutdown(cancel_futures=True)
+
+
+def _transform(size: Size, options: Any) -> dict[str, Any]:
+    """What is done to a clip before the autoencoder and kept of what it gives: a part of the clip's key."""
+    told = {"size": size, "fps": options.fps, "fit": "cover, centre", "posterior": options.posterior}
+    return {**told, "seed": options.seed} if options.posterior == "sample" else told
 
 
 def _set_aside(store: Store, item: Item, error: BadClip) -> Encoded:
+    """Note a bad clip, once for each reason, however often a run is repeated."""
     outcome = Encoded(str(item.path), status="set aside", reason=error.reason)
-    with (store.folder / "set-aside.jsonl").open("a") as file:
-        file.write(json.dumps(asdict(outcome)) + "\n")
+    if asdict(outcome) not in set_aside(store.folder):
+        with (store.folder / "set-aside.jsonl").open("a") as file:
+            file.write(json.dumps(asdict(outcome)) + "\n")
     return outcome
 
 
@@ -138,6 +158,8 @@ def _put(model: Model, store: Store, group: Sequence[_Ready], options: Any) -> l
             record["check"] = {"psnr": round(float(found[i] or 0.0), 3)}
         _, *grid = next(iter(one.values())).shape
         extra = {name: _on_grid(s, (grid[0], grid[1], grid[2])) for name, s in ready.clip.extra.items()}
+        if options.overwrite:
+            store.remove([ready.key])
         store.put(ready.key, {**one, **extra}, record)
         results.append(Encoded(str(ready.item.path), ready.key, psnr=found[i]))
     return results
@@ -167,6 +189,6 @@ def _posterior(streams: dict[str, Tensor], options: Any, name: str) -> dict[str,
 
 
 def set_aside(folder: Path) -> list[dict[str, Any]]:
-    """The inputs that were set aside, with their reasons."""
+    """The inputs that were ever set aside, with their reasons."""
     path = folder / "set-aside.jsonl"
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []

@@ -11,12 +11,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
+from vgen.cache import read_json
 from vgen.errors import VgenError
+from vgen.files import explained, replacing, sync_folder
 
 MANIFEST = "vgen.json"
-LEFT_OUT = ("training", ".*.tmp")
+LEFT_OUT = ("training", ".cache", ".git")
+STALE = ("files",)  # what the base's manifest says of its own bytes
+ONE_FILE = "1000GB"  # weights are never cut into shards, so that they are replaced in one step
 
 
 def export(
@@ -24,55 +29,74 @@ def export(
 ) -> None:
     """Write the checkpoint `folder`: everything of `base`, with `networks` saved under their names in `dtype`.
 
-    Each subfolder is written beside its place and renamed, so a reader never sees half of one. Raises VgenError.
+    Each file is written beside its place and renamed, the weights of all networks last and together: a reader never
+    sees half a file, and a kill leaves the checkpoint that was there before. Raises VgenError.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
+    with explained(f"write the checkpoint {folder}"):
+        folder.mkdir(parents=True, exist_ok=True)
         _copy_missing(base, folder, set(networks))
         for name, network in networks.items():
-            _place(network, folder / name, dtype)
-        old = json.loads((base / MANIFEST).read_text()) if (base / MANIFEST).exists() else {}
-        temporary = folder / f".{MANIFEST}.tmp"
-        temporary.write_text(json.dumps({**old, **manifest}, indent=2) + "\n")
-        temporary.replace(folder / MANIFEST)
-    except OSError as error:
-        raise VgenError(
-            f"The checkpoint {folder} could not be written: {error.strerror or error}.", "Free some space and --resume."
-        ) from error
+            _save(network, _temporary(folder / name), dtype)
+        for name in networks:
+            _place(folder / name)
+    told = {k: v for k, v in read_json(base / MANIFEST).items() if k not in STALE}
+    with replacing(folder / MANIFEST) as file:
+        file.write((json.dumps({**told, **manifest}, indent=2) + "\n").encode())
+
+
+def _temporary(place: Path) -> Path:
+    return place.with_name(f".{place.name}.tmp")
 
 
 def _copy_missing(base: Path, folder: Path, replaced: set[str]) -> None:
-    """Copy what the base has and the folder lacks, except the networks that are about to be written."""
-    if base.resolve() == folder.resolve():
-        return
+    """Copy what the base has and the folder lacks, except the networks and the manifest, which are written anew."""
     for source in base.iterdir():
         target = folder / source.name
-        if source.name in replaced or source.name in LEFT_OUT or target.exists():
+        if source.name in {*replaced, *LEFT_OUT, MANIFEST} or source.suffix == ".tmp" or target.exists():
             continue
+        temporary = _temporary(target)
         if source.is_dir():
-            shutil.copytree(source, target)
+            shutil.rmtree(temporary, ignore_errors=True)
+            shutil.copytree(source, temporary)
         else:
-            shutil.copy2(source, target)
+            shutil.copyfile(source, temporary)
+        _settle(temporary)
+        temporary.rename(target)
 
 
-def _place(network: nn.Module, place: Path, dtype: torch.dtype) -> None:
-    """Save a network beside its place, then swap it in."""
-    temporary, old = place.with_name(f".{place.name}.tmp"), place.with_name(f".{place.name}.old")
-    for left in (temporary, old):
-        shutil.rmtree(left, ignore_errors=True)
+def _save(network: nn.Module, temporary: Path, dtype: torch.dtype) -> None:
+    """Save a network in `dtype`, durably, to a new folder."""
+    shutil.rmtree(temporary, ignore_errors=True)
     saved: Any = network if next(network.parameters()).dtype == dtype else copy.deepcopy(network).to(dtype)
-    saved.save_pretrained(temporary, safe_serialization=True)
-    _open_to_umask(temporary)
-    if place.exists():
-        place.rename(old)
-    temporary.rename(place)
-    shutil.rmtree(old, ignore_errors=True)
+    try:
+        saved.save_pretrained(temporary, safe_serialization=True, max_shard_size=ONE_FILE)
+    except SafetensorError as error:
+        raise VgenError(
+            f"The weights of {temporary.parent} could not be written: {error}", "Free some space, and --resume."
+        ) from error
+    _settle(temporary)
 
 
-def _open_to_umask(folder: Path) -> None:
-    """safetensors writes files that only their owner can read; give them the mode that the umask asks for."""
+def _place(place: Path) -> None:
+    """Move the files of a saved network to their place, the weights first, and remove what they replace."""
+    temporary = _temporary(place)
+    new = sorted(temporary.iterdir(), key=lambda path: path.suffix != ".safetensors")
+    place.mkdir(exist_ok=True)
+    for path in new:
+        path.replace(place / path.name)
+    kept = {path.name for path in new}
+    for old in sorted(place.iterdir(), key=lambda path: path.suffix != ".json"):  # an index before its shards
+        if old.is_file() and old.name not in kept:
+            old.unlink()
+    sync_folder(place)
+    temporary.rmdir()
+
+
+def _settle(path: Path) -> None:
+    """Make a file or a tree durable, with the modes that the umask asks for: safetensors writes for its owner only."""
     umask = os.umask(0)
     os.umask(umask)
-    for path in folder.rglob("*"):
-        if path.is_file():
-            path.chmod(0o666 & ~umask)
+    for file in [path] if path.is_file() else [one for one in path.rglob("*") if one.is_file()]:
+        file.chmod(0o666 & ~umask)
+        with file.open("rb") as opened:
+            os.fsync(opened.fileno())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -24,10 +25,13 @@ def finetune(
     """Train the part `options.part` and write the checkpoint `options.output`; its state lies in output/training.
 
     `base` is the folder of the checkpoint that is trained further. Returns the figures of the last step.
+    Raises UsageError where the output is not empty and neither --resume nor --overwrite says what to do with it.
     """
-    part = model.part(options.part, options)
-    batch = batches(card, model, options)
     output = Path(options.output)
+    if not options.resume:
+        _clear(output, base, options.overwrite)
+    batch = batches(card, model, options)
+    part = model.part(options.part, options)
 
     def save(networks: Mapping[str, nn.Module]) -> None:
         settle = getattr(part, "settle", None)
@@ -39,6 +43,23 @@ def finetune(
     return train.fit(part, batch, options, machine, output / "training", export=save, on_step=on_step)
 
 
+def _clear(output: Path, base: Path, overwrite: bool) -> None:
+    """Make way for a run from the start: remove an earlier run's state and what it copied from its base."""
+    there = [path.name for path in output.iterdir()] if output.is_dir() else []
+    if not there or output.resolve() == base.resolve():
+        return
+    if not overwrite:
+        raise UsageError(
+            f"{output} is not empty.",
+            "--resume goes on with the run in it, --overwrite starts anew; or choose another.",
+        )
+    for path in [output / "training", *(output / entry.name for entry in base.iterdir())]:
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
 def batches(card: Family, model: Model, options: Any) -> Callable[[int], Batch]:
     """The batches that a part trains on, as a function of the step. Raises UsageError where --data does not fit."""
     if not options.data:
@@ -48,12 +69,9 @@ def batches(card: Family, model: Model, options: Any) -> Callable[[int], Batch]:
         size = (options.num_frames, options.height, options.width)
         return pixel_batches(items, size, options.train_batch_size, options.seed)
     mend = f"vgen encode {card.name} CLIPS --checkpoint {options.checkpoint or 'demo'} -o {options.data[0]}"
-    stores = [Store.open(Path(folder), space=model.space, mend=mend) for folder in options.data]
+    texts = model.text_space is not None and not getattr(options, "train_text_encoder", False)
+    wanted = model.text_space if texts else None
+    stores = [Store.open(Path(folder), space=model.space, text_space=wanted, mend=mend) for folder in options.data]
     return latent_batches(
-        stores,
-        model.space,
-        options.train_batch_size,
-        options.seed,
-        dropout=options.caption_dropout,
-        texts=not getattr(options, "train_text_encoder", False),
+        stores, model.space, options.train_batch_size, options.seed, dropout=options.caption_dropout, texts=texts
     )

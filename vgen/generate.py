@@ -43,7 +43,8 @@ def generate(model: Model, options: Any, on_step: OnStep) -> dict[str, Tensor]:
     for name in model.base:
         asked = model.draw(name, options, streams)
         part = model.denoiser(name, options)
-        streams[part.stream] = unscale(model.space, draw(part, asked, on_step)).cpu()
+        with model.machine.holding(*part.modules.values()):
+            streams[part.stream] = unscale(model.space, draw(part, asked, on_step)).cpu()
     return streams
 
 

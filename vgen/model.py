@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -10,6 +10,7 @@ from torch import Generator, Tensor, nn
 
 from vgen.diffusion import Conditions, Denoise, Kind, Process
 from vgen.latents import Space
+from vgen.machine import Machine
 from vgen.samplers import Guidance, Step
 
 OnStep = Callable[[str, int, int], None]  # the name of the act, how many are done, of how many
@@ -44,7 +45,11 @@ class Draw:
 
 
 class Part(Protocol):
-    """One network of a loaded model. `x_BCTHW` are its latents at the scale it was trained at."""
+    """One network of a loaded model, or several that train together.
+
+    A part may also have `state`, named tensors that its loss changes in place and that a resume brings back, and
+    `settle()`, called before each export.
+    """
 
     name: str
     modules: Mapping[str, nn.Module]  # what trains, by the subfolder it is saved in
@@ -70,6 +75,8 @@ class Model(Protocol):
     """What the core asks of a loaded family. Pixels are (B, 3, T, H, W) in [-1, 1]."""
 
     space: Space
+    text_space: str | None  # identifies text embeddings; None without a text encoder
+    machine: Machine
     base: tuple[str, ...]  # the denoisers that `sample` runs, in order
 
     def ready_to_encode(self) -> None:
@@ -84,8 +91,8 @@ class Model(Protocol):
         """Streams (B, ...), unscaled, to pixels."""
         ...
 
-    def embed(self, texts: list[str]) -> list[dict[str, Tensor]]:
-        """Text embeddings, one dict of tensors for each text; empty dicts from a family without text."""
+    def embed(self, texts: Sequence[str]) -> Iterator[dict[str, Tensor]]:
+        """Text embeddings as they are made, one dict of tensors for each text; the encoder leaves memory at the end."""
         ...
 
     def draw(self, name: str, options: Any, streams: Mapping[str, Tensor]) -> Draw:
@@ -93,7 +100,7 @@ class Model(Protocol):
         ...
 
     def denoiser(self, name: str, options: Any) -> Denoiser:
-        """A denoiser ready for sampling: adapters loaded, compiled or cached as `options` say."""
+        """A denoiser made ready for sampling as `options` say. Whoever runs it brings its modules to the device."""
         ...
 
     def part(self, name: str, options: Any) -> Part:

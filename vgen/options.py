@@ -84,7 +84,6 @@ class SampleOptions(RunOptions):
     num_inference_steps: int | None = opt(None, help="Denoising steps.", low=1)
     guidance_scale: float | None = opt(None, help="Classifier-free guidance; 1 turns it off.", low=0.0)
     num_videos_per_prompt: int = opt(1, help="Clips to make of each prompt.", low=1)
-    lora: list[str] = opt([], help="PATH[:SCALE], any number of times.", metavar="PATH[:SCALE]")
     cpu_offload: bool = opt(False, help="Keep on the device only the network at work.", panel="Machine")
     vae_slicing: bool = opt(False, help="Decode one clip at a time.", panel="Machine")
     vae_tiling: bool = opt(False, help="Decode in overlapping tiles.", panel="Machine")

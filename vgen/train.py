@@ -8,6 +8,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -17,12 +18,13 @@ from torch import Tensor, nn
 
 from vgen.dataset import Batch, ahead
 from vgen.errors import VgenError
+from vgen.files import replacing
 from vgen.machine import DTYPES, Machine, seeded
 from vgen.model import OnStep, Part
 from vgen.options import TrainOptions
 from vgen.tensorfile import load_tensors, save_tensors
 
-STATE = "state.safetensors"
+STATE, LOG = "state.safetensors", "log.jsonl"
 
 
 def fit(
@@ -42,28 +44,28 @@ def fit(
     CPU. Ctrl-C finishes the step, saves and raises KeyboardInterrupt. Returns the figures of the last step.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    modules = nn.ModuleDict(dict(part.modules)).to(machine.device)
-    weights = dict(modules.named_parameters())
-    trained = {name: p for name, p in weights.items() if p.requires_grad}
-    optimizer = _adamw(trained, options, machine)
-    ema = {n: p.detach().clone() for n, p in trained.items()} if options.ema_decay else {}
-    done = _restore(folder / STATE, modules, trained, optimizer, ema) if options.resume else 0
+    state = _State.of(part, options, machine)
+    done = state.restore(folder / STATE) if options.resume else 0
+    figures = _shorten(folder / LOG, done)
+    if done >= options.max_train_steps:  # the run may have been killed between its last state and its export
+        with state.averaged():
+            export(part.modules)
+        return figures
     micro = options.gradient_accumulation_steps
-    figures: dict[str, Any] = {"step": done}
     batches = ahead(batch, range(done * micro, options.max_train_steps * micro))
-    with _interruptible() as interrupted, (folder / "log.jsonl").open("a") as log:
+    with _interruptible() as interrupted, (folder / LOG).open("a") as log:
         for step in range(done, options.max_train_steps):
             started = time.perf_counter()
-            figures = _step(part, batches, options, machine, step, trained, optimizer)
-            _average(ema, trained, options.ema_decay, step)
+            figures = _step(part, batches, options, machine, step, state)
+            state.average(options.ema_decay, step)
             figures["seconds"] = round(time.perf_counter() - started, 4)
             log.write(json.dumps(figures) + "\n")
             on_step("train", step + 1, options.max_train_steps)
             last = step + 1 == options.max_train_steps
             if last or interrupted() or (step + 1) % options.checkpointing_steps == 0:
                 log.flush()
-                _save(folder / STATE, step + 1, modules, trained, optimizer, ema)
-                with _swapped(trained, ema):
+                state.save(folder / STATE, step + 1)
+                with state.averaged():
                     export(part.modules)
             if interrupted():
                 raise KeyboardInterrupt
@@ -80,48 +82,43 @@ def learning_rate(options: TrainOptions, step: int) -> float:
     return options.learning_rate * shapes[options.lr_scheduler]
 
 
-def _adamw(trained: Mapping[str, nn.Parameter], options: TrainOptions, machine: Machine) -> torch.optim.AdamW:
-    return torch.optim.AdamW(
-        trained.values(),
-        lr=options.learning_rate,
-        betas=(options.adam_beta1, options.adam_beta2),
-        eps=options.adam_epsilon,
-        weight_decay=options.adam_weight_decay,
-        fused=machine.device.type in ("cpu", "cuda"),
-    )
-
-
 def _step(
-    part: Part,
-    batches: Iterator[Batch],
-    options: TrainOptions,
-    machine: Machine,
-    step: int,
-    trained: Mapping[str, nn.Parameter],
-    optimizer: torch.optim.Optimizer,
+    part: Part, batches: Iterator[Batch], options: TrainOptions, machine: Machine, step: int, state: _State
 ) -> dict[str, Any]:
     """One optimizer step over `gradient_accumulation_steps` batches; the loss is their mean."""
     micro, total = options.gradient_accumulation_steps, 0.0
+    names: list[str] = []
     for k in range(micro):
-        batch = next(batches)
+        batch = {n: v.to(machine.device) if isinstance(v, Tensor) else v for n, v in next(batches).items()}
         batch["progress"] = step
+        names += map(str, batch.get("keys", ()))
+        noise = seeded(options.seed, "noise", step, k)
+        torch.manual_seed(noise.initial_seed())  # for dropout
         with _autocast(options, machine):
-            loss = part.loss(batch, seeded(options.seed, "noise", step, k)) / micro
-        if not math.isfinite(loss.item()):
-            clips = ", ".join(map(str, batch.get("keys", ())))
-            raise VgenError(
-                f"The loss became {loss.item()} at step {step + 1}, on: {clips}.",
-                "Lower --learning-rate, or look at these clips; --resume goes on from the last saved state.",
-            )
-        loss.backward()
-        total += loss.item()
-    norm = torch.nn.utils.clip_grad_norm_(trained.values(), options.max_grad_norm or math.inf)
+            loss = part.loss(batch, noise) / micro
+        total += _finite("loss", loss.item(), step, names)
+        state.scaler.scale(loss).backward()
+    state.scaler.unscale_(state.optimizer)
+    norm = torch.nn.utils.clip_grad_norm_(state.trained.values(), options.max_grad_norm or math.inf).item()
+    if not state.scaler.is_enabled():  # the scaler leaves out a step that overflowed, and lowers its scale
+        _finite("norm of the gradients", norm, step, names)
     rate = learning_rate(options, step)
-    for group in optimizer.param_groups:
+    for group in state.optimizer.param_groups:
         group["lr"] = rate
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    return {"step": step + 1, "loss": total, "grad_norm": float(norm), "learning_rate": rate}
+    state.scaler.step(state.optimizer)
+    state.scaler.update()
+    state.optimizer.zero_grad(set_to_none=True)
+    return {"step": step + 1, "loss": total, "grad_norm": norm, "learning_rate": rate}
+
+
+def _finite(what: str, value: float, step: int, names: list[str]) -> float:
+    """The value. Raises VgenError, naming the clips, where it is not finite."""
+    if math.isfinite(value):
+        return value
+    raise VgenError(
+        f"The {what} became {value} at step {step + 1}, on: {', '.join(names)}.",
+        "Lower --learning-rate, or look at these clips; --resume goes on from the last saved state.",
+    )
 
 
 def _autocast(options: TrainOptions, machine: Machine) -> Any:
@@ -130,67 +127,95 @@ def _autocast(options: TrainOptions, machine: Machine) -> Any:
     return torch.autocast(machine.device.type, DTYPES[options.mixed_precision])
 
 
-@torch.no_grad()
-def _average(ema: Mapping[str, Tensor], trained: Mapping[str, nn.Parameter], decay: float, step: int) -> None:
-    """Move the average towards the weights; young averages forget faster, so that they do not keep the start."""
-    if ema:
-        d = min(decay, (1 + step) / (10 + step))
-        torch._foreach_lerp_(list(ema.values()), [p.detach() for p in trained.values()], 1 - d)
+def _shorten(path: Path, steps: int) -> dict[str, Any]:
+    """Cut the log back to the steps that the state has seen. Returns the figures of the last of them."""
+    lines = path.read_text().splitlines(keepends=True)[:steps] if path.exists() else []
+    with replacing(path) as file:
+        file.write("".join(lines).encode())
+    return dict(json.loads(lines[-1])) if lines else {"step": steps}
 
 
-@contextmanager
-def _swapped(trained: Mapping[str, nn.Parameter], ema: Mapping[str, Tensor]) -> Iterator[None]:
-    """Have the moving average in the network for a while."""
-    kept = {name: trained[name].data for name in ema}
-    for name, average in ema.items():
-        trained[name].data = average
-    try:
-        yield
-    finally:
-        for name, weight in kept.items():
-            trained[name].data = weight
+@dataclass(frozen=True, eq=False)
+class _State:
+    """What a run changes. `ema` is the moving average of `trained`, `own` what the part keeps by itself."""
 
+    modules: nn.ModuleDict
+    trained: dict[str, nn.Parameter]
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    ema: dict[str, Tensor]
+    own: Mapping[str, Tensor]
 
-def _save(
-    path: Path,
-    step: int,
-    modules: nn.ModuleDict,
-    trained: Mapping[str, nn.Parameter],
-    optimizer: torch.optim.Optimizer,
-    ema: Mapping[str, Tensor],
-) -> None:
-    tensors = {f"weights/{n}": t for n, t in modules.state_dict().items()}
-    tensors |= {f"ema/{n}": t for n, t in ema.items()}
-    for name, p in trained.items():
-        tensors |= {f"adamw/{name}/{k}": t for k, t in optimizer.state[p].items()}
-    save_tensors(path, tensors, {"format": "vgen-training/1", "step": step})
-
-
-def _restore(
-    path: Path,
-    modules: nn.ModuleDict,
-    trained: Mapping[str, nn.Parameter],
-    optimizer: torch.optim.Optimizer,
-    ema: Mapping[str, Tensor],
-) -> int:
-    """Load the saved state, if there is one. Returns the steps done. Raises VgenError where it does not fit."""
-    if not path.exists():
-        return 0
-    tensors, record = load_tensors(path)
-    weights = {n.removeprefix("weights/"): t for n, t in tensors.items() if n.startswith("weights/")}
-    if weights.keys() != modules.state_dict().keys() or {n for n in tensors if n.startswith("ema/")} != {
-        f"ema/{n}" for n in ema
-    }:
-        raise VgenError(
-            f"{path} holds the state of another network or another --ema-decay.", "Resume with the settings it had."
+    @classmethod
+    def of(cls, part: Part, options: TrainOptions, machine: Machine) -> _State:
+        """The state before the first step, on the device."""
+        modules = nn.ModuleDict(dict(part.modules)).to(machine.device)
+        trained = {name: p for name, p in modules.named_parameters() if p.requires_grad}
+        optimizer = torch.optim.AdamW(
+            trained.values(),
+            lr=options.learning_rate,
+            betas=(options.adam_beta1, options.adam_beta2),
+            eps=options.adam_epsilon,
+            weight_decay=options.adam_weight_decay,
+            fused=machine.device.type in ("cpu", "cuda", "mps"),
         )
-    modules.load_state_dict(weights)
-    for name, average in ema.items():
-        average.copy_(tensors[f"ema/{name}"])
-    for name, p in trained.items():
-        prefix = f"adamw/{name}/"
-        optimizer.state[p] = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
-    return int(record["step"])
+        scaler = torch.amp.GradScaler(machine.device.type, enabled=options.mixed_precision == "fp16")
+        ema = {n: p.detach().clone() for n, p in trained.items()} if options.ema_decay else {}
+        return cls(modules, trained, optimizer, scaler, ema, getattr(part, "state", {}))
+
+    @torch.no_grad()
+    def average(self, decay: float, step: int) -> None:
+        """Move the average towards the weights; a young one forgets faster, so that it does not keep the start."""
+        if self.ema:
+            d = min(decay, (1 + step) / (10 + step))
+            torch._foreach_lerp_(list(self.ema.values()), [p.detach() for p in self.trained.values()], 1 - d)
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Have the moving average, where one is kept, in the networks for a while."""
+        kept = {name: self.trained[name].data for name in self.ema}
+        for name, average in self.ema.items():
+            self.trained[name].data = average
+        try:
+            yield
+        finally:
+            for name, weight in kept.items():
+                self.trained[name].data = weight
+
+    def save(self, path: Path, step: int) -> None:
+        """Write everything to one file, atomically."""
+        tensors = {f"weights/{n}": t for n, t in self.modules.state_dict().items()}
+        tensors |= {f"ema/{n}": t for n, t in self.ema.items()} | {f"own/{n}": t for n, t in self.own.items()}
+        for name, p in self.trained.items():
+            tensors |= {f"adamw/{name}/{k}": t for k, t in self.optimizer.state[p].items()}
+        save_tensors(path, tensors, {"format": "vgen-training/1", "step": step, "scaler": self.scaler.state_dict()})
+
+    def restore(self, path: Path) -> int:
+        """Load the saved state, if there is one. Returns the steps done. Raises VgenError where it does not fit."""
+        if not path.exists():
+            return 0
+        tensors, record = load_tensors(path)
+        held: dict[str, dict[str, Tensor]] = {"weights": {}, "ema": {}, "own": {}, "adamw": {}}
+        for name, tensor in tensors.items():
+            kind, _, rest = name.partition("/")
+            held[kind][rest] = tensor
+        have = {n: t.shape for n, t in held["weights"].items()}
+        if have != {n: t.shape for n, t in self.modules.state_dict().items()}:
+            raise VgenError(f"{path} holds the state of another network.", "Resume with the settings it had.")
+        if held["ema"].keys() != self.ema.keys():
+            was = "with" if held["ema"] else "without"
+            raise VgenError(f"{path} was trained {was} --ema-decay.", "Resume with the settings it had.")
+        self.modules.load_state_dict(held["weights"])
+        for kind, mine in (("ema", self.ema), ("own", self.own)):
+            for name in held[kind].keys() & mine.keys():
+                mine[name].copy_(held[kind][name])
+        for name, p in self.trained.items():
+            prefix = f"{name}/"
+            its = {n.removeprefix(prefix): t for n, t in held["adamw"].items() if n.startswith(prefix)}
+            self.optimizer.state[p] = {n: t.to(p.device) for n, t in its.items()}
+        if self.scaler.is_enabled() and record.get("scaler"):
+            self.scaler.load_state_dict(record["scaler"])
+        return int(record["step"])
 
 
 @contextmanager

@@ -6,13 +6,13 @@ Paper: arXiv:2408.06072. This file is the card: options, checkpoints and rules. 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
 from vgen.errors import UsageError, VgenError
 from vgen.family import Checkpoint, Family, PartCard, Rule
-from vgen.options import EncodeOptions, SampleOptions, TrainOptions, arg, opt
+from vgen.options import EncodeOptions, SampleOptions, TrainOptions, arg, flag, opt
 
 
 @dataclass(kw_only=True)
@@ -37,6 +37,7 @@ class Sample(SampleOptions):
 class Encode(EncodeOptions):
     """Options of `vgen encode cogvideox`."""
 
+    fps: float | None = opt(None, help="Frame rate to read at; the checkpoint's own when absent.", low=0.01)
     bucket: list[str] = opt([], help="Allowed FRAMESxHEIGHTxWIDTH, any number of times.", metavar="FxHxW")
 
 
@@ -56,6 +57,10 @@ class Finetune(TrainOptions):
     kl_weight: float = opt(1e-6, help="autoencoder: weight of the KL term.", low=0.0)
 
 
+OF_PART = {  # settings that only one part reads
+    "transformer": ("train_text_encoder", "mask_weight", "mask_steps", "caption_dropout"),
+    "autoencoder": ("num_frames", "height", "width", "l1_weight", "kl_weight"),
+}
 LICENSE_5B = "other (CogVideoX license: research free, commercial use by registration)"
 
 
@@ -65,7 +70,8 @@ def _released(
     """A checkpoint of the authors. `size` is (frames, height, width) as trained."""
     num_frames, height, width = size
     newer = num_frames == 81
-    fixed = tag == "5b-i2v"  # its learned position table fits no other size
+    fixed = tag == "5b-i2v"  # its learned table of positions fits nothing else
+    step = 16 if newer else 8
     return Checkpoint(
         tag=tag,
         repo=f"zai-org/{name}",
@@ -83,7 +89,7 @@ def _released(
             "window": num_frames,
         },
         rules={
-            "num_frames": Rule(16, 1) if newer else Rule(8, 1),
+            "num_frames": Rule(step, 1, low=num_frames, high=num_frames) if fixed else Rule(step, 1),
             "height": Rule(16, low=480, high=480) if fixed else Rule(16, low=16),
             "width": Rule(16, low=720, high=720) if fixed else Rule(16, low=16),
         },
@@ -141,7 +147,7 @@ def describe(folder: Path) -> Checkpoint:
             **extra.get("defaults", {}),
         },
         rules={
-            "num_frames": Rule(step, 1),
+            "num_frames": Rule(step, 1, low=num_frames, high=num_frames) if fixed else Rule(step, 1),
             **{k: Rule(size, low=v, high=v) if fixed else Rule(size, low=size) for k, v in native.items()},
         },
     )
@@ -150,12 +156,39 @@ def describe(folder: Path) -> Checkpoint:
 def check(options: Any, checkpoint: Checkpoint) -> None:
     """Refuse what cannot be drawn, before weights load. Raises UsageError."""
     if isinstance(options, Sample):
+        _check_start(options, checkpoint)
         _check_sample(options, checkpoint)
-    if isinstance(options, Finetune) and options.part == "autoencoder" and options.train_text_encoder:
-        raise UsageError("--train-text-encoder goes with --part transformer.", "Leave it out.")
+    if isinstance(options, Finetune):
+        _check_finetune(options, checkpoint)
+    if isinstance(options, Encode):
+        for size in options.bucket:
+            _check_bucket(size, checkpoint)
 
 
-def _check_sample(options: Sample, checkpoint: Checkpoint) -> None:
+def _check_finetune(options: Finetune, checkpoint: Checkpoint) -> None:
+    """Refuse settings of the other part, and what cannot be trained yet."""
+    usual = {f.name: f.default for f in fields(Finetune)} | dict(checkpoint.defaults)
+    for name in OF_PART["transformer" if options.part == "autoencoder" else "autoencoder"]:
+        if getattr(options, name) not in (usual[name], None):
+            raise UsageError(f"{flag(name)} does nothing for --part {options.part}.", "Leave it out.")
+    if options.part == "transformer" and "image" in checkpoint.modes:
+        raise UsageError(
+            f"The transformer of '{checkpoint.tag}' starts from images, and cannot be fine-tuned yet.",
+            "Text-to-video checkpoints can.",
+        )
+
+
+def _check_bucket(text: str, checkpoint: Checkpoint) -> None:
+    numbers = text.lower().split("x")
+    if len(numbers) != 3 or not all(n.isdecimal() for n in numbers):
+        raise UsageError(f"--bucket {text} is not FRAMESxHEIGHTxWIDTH.", "For example: --bucket 49x480x720")
+    for name, number in zip(("num_frames", "height", "width"), numbers, strict=True):
+        if name in checkpoint.rules:
+            checkpoint.rules[name].check(name, int(number))
+
+
+def _check_start(options: Sample, checkpoint: Checkpoint) -> None:
+    """Refuse a clip that cannot start from what is given."""
     if not options.prompt.strip() and options.image is None:
         raise UsageError("The prompt is empty.", 'Say what the clip shows, as in: "a teddy bear skating"')
     given = "image" if options.image else "video" if options.video else "text"
@@ -168,10 +201,35 @@ def _check_sample(options: Sample, checkpoint: Checkpoint) -> None:
         )
     if options.image and options.video:
         raise UsageError("--image and --video exclude each other.", "Give one of them.")
+    if options.strength != _default("strength") and not options.video:
+        raise UsageError("--strength says how far --video is changed, and there is none.", "Give both.")
+
+
+def _default(name: str) -> Any:
+    return next(f.default for f in fields(Sample) if f.name == name)
+
+
+def _check_sample(options: Sample, checkpoint: Checkpoint) -> None:
+    """Refuse settings that would do nothing, or harm."""
+    if options.eta and options.sampler == "dpm":
+        raise UsageError("--eta belongs to DDIM; this runs DPM-Solver++.", "Leave it out, or give --sampler ddim.")
+    if options.negative_prompt and options.guidance_scale == 1 and not options.use_dynamic_cfg:
+        raise UsageError("--negative-prompt does nothing at --guidance-scale 1.", "Raise the scale.")
     if options.dynamic_cfg_quirk and not options.use_dynamic_cfg:
         raise UsageError("--dynamic-cfg-quirk shapes --use-dynamic-cfg, which is off.", "Give both.")
     if options.window and checkpoint.rules:
         checkpoint.rules["num_frames"].check("window", options.window)
+    windows = bool(options.window and options.num_frames and options.num_frames > options.window)
+    if windows and options.image:
+        raise UsageError(
+            f"--image makes clips of at most {options.window} frames: only the first window would start from it.",
+            f"Set --num-frames {options.window} or less.",
+        )
+    if options.cache != "none" and (windows or options.use_dynamic_cfg):
+        other = "--num-frames beyond one --window" if windows else "--use-dynamic-cfg"
+        raise UsageError(
+            f"--cache and {other} exclude each other: the cached activations would be another pass's.", "Leave one out."
+        )
 
 
 family = Family(

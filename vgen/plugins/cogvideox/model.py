@@ -243,8 +243,8 @@ class CogVideoX:
             if list(z.shape[1:]) != wanted:
                 frames, height, width = (z.shape[1] - 1) * t + 1, z.shape[2] * h, z.shape[3] * w
                 raise UsageError(
-                    f"{path} holds {frames} frames of {height}x{width}; {num_frames} of {options.height}x{options.width}"
-                    " are needed.",
+                    f"{path} holds {frames} frames of {height}x{width}, but {num_frames} of"
+                    f" {options.height}x{options.width} are asked for.",
                     f"For a clip: --num-frames {frames} --height {height} --width {width}. Or encode it anew.",
                 )
             return z
@@ -263,7 +263,8 @@ class CogVideoX:
             self.from_scratch = frozenset({"vae" if name == "autoencoder" else "transformer"} | also)
             torch.manual_seed(options.seed)
         part = self._autoencoder(options) if name == "autoencoder" else self._transformer(options)
-        for network in part.modules.values():
+        networks: list[Any] = list(part.modules.values())
+        for network in networks:
             network.requires_grad_(True).train()
             if options.dtype == "auto":
                 network.float()  # small steps vanish in bf16; --mixed-precision makes fp32 fast

@@ -32,7 +32,7 @@ class Transformer:
         self._rotary = lru_cache(maxsize=8)(self._rotary_of)
 
     def predict(self, x: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
-        """v of noisy latents x (B, C, T, H, W) at times t (B,). `cond`: text (B, L, D), and image, shaped as x, if any."""
+        """v of noisy latents x (B, C, T, H, W) at times t (B,). `cond`: text (B, L, D), perhaps image, shaped as x."""
         given = torch.cat([x, cond["image"]], 1) if "image" in cond else x
         given = given.transpose(1, 2).to(self.network.dtype)
         network, config = self.network, self.network.config
@@ -62,7 +62,7 @@ class Transformer:
             where: dict[str, Any] = {"crops_coords": _crop((rows, columns), native), "temporal_size": num_frames}
         else:
             where = {"crops_coords": None, "temporal_size": -(-num_frames // p_t), "grid_type": "slice"}
-            where["max_size"] = native
+            where["max_size"] = (max(rows, native[0]), max(columns, native[1]))
         made: Any = get_3d_rotary_pos_embed(
             embed_dim=config.attention_head_dim, grid_size=(rows, columns), device=device, **where
         )
