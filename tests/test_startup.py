@@ -33,7 +33,7 @@ try:
 except SystemExit as end:
     print(json.dumps([end.code or 0, sorted({name.partition(".")[0] for name in sys.modules})]), file=sys.stderr)
 """
-VERBS = ("sample", "encode", "finetune", "train-lora", "interpolate", "upscale")
+VERBS = ("sample", "encode", "decode", "finetune", "train-lora", "interpolate", "upscale")
 NOUNS = ("families", "doctor", "checkpoints", "checkpoints list", "checkpoints show", "checkpoints verify")
 PAGES = [
     "--help",

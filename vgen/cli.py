@@ -18,6 +18,7 @@ from vgen.commands.surface import verb_group
 VERBS = {
     "sample": "Text, pictures or clips to clips.",
     "encode": "Clips to a store of latents.",
+    "decode": "Latents to clips.",
     "finetune": "Train a part of a model.",
     "train-lora": "Adapt a model with low-rank adapters.",
     "interpolate": "More frames between the frames of a clip.",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
@@ -17,6 +18,7 @@ from vgen.store import Store
 
 Item = TypeVar("Item")
 Batch = dict[str, Any]
+KEPT = 1 << 29  # a data set of at most so many numbers (2 GiB in fp32) stays in memory once it has been read
 
 
 class Batches(Generic[Item]):
@@ -102,18 +104,21 @@ def latent_batches(
     empty text, whose embedding every store holds) depend on (seed, step) alone.
     """
     groups: dict[Hashable, list[tuple[Store, str]]] = {}
+    numbers = 0
     for store in stores:
         for record in store.records():
-            first = next(iter(record["tensors"].values()))
-            groups.setdefault(tuple(first["shape"]), []).append((store, record["key"]))
+            shapes = [tuple(tensor["shape"]) for tensor in record["tensors"].values()]
+            numbers += sum(map(math.prod, shapes))
+            groups.setdefault(shapes[0], []).append((store, record["key"]))
     batches = Batches(groups, batch_size, seed)
+    read = lru_cache(None if numbers <= KEPT else 0)(lambda store, key: store.get(key))
 
     def make(step: int) -> Batch:
         chosen = batches.of(step)
         made: dict[str, list[Any]] = {"latents": [], "captions": [], "keys": [], "text": [], "mask": []}
         for i, (store, key) in enumerate(chosen):
             generator = seeded(seed, "clip", step, i)
-            streams, record = store.get(key)
+            streams, record = read(store, key)
             caption = choose(record.get("captions", ()), dropout, generator)
             made["latents"].append(scale(space, sample_posterior(streams, generator).float()))
             made["captions"].append(caption)

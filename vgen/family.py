@@ -19,7 +19,7 @@ from vgen.options import RunOptions, flag
 
 GROUP = "vgen.families"
 Chosen = TypeVar("Chosen", bound=RunOptions)
-VERBS = ("encode", "train-lora", "finetune", "sample", "interpolate", "upscale")
+VERBS = ("encode", "decode", "train-lora", "finetune", "sample", "interpolate", "upscale")
 
 
 @dataclass(frozen=True)

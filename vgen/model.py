@@ -95,6 +95,10 @@ class Model(Protocol):
         """Text embeddings as they are made, one dict of tensors for each text; the encoder leaves memory at the end."""
         ...
 
+    def notes(self, options: Any) -> list[str]:
+        """What a user should hear before a clip is made: unknown words, say."""
+        ...
+
     def draw(self, name: str, options: Any, streams: Mapping[str, Tensor]) -> Draw:
         """What the denoiser `name` is asked for, given the streams of the parts before it."""
         ...

@@ -109,6 +109,15 @@ class EncodeOptions(RunOptions):
 
 
 @dataclass(kw_only=True)
+class DecodeOptions(RunOptions):
+    """Latents to clips."""
+
+    inputs: list[str] = arg([], help="Latent files, or stores of them.", metavar="LATENTS...")
+    fps: float | None = opt(None, help="Frame rate of the written clip; the latents' own when absent.", low=0.01)
+    contact_sheet: bool = opt(False, help="Also write a PNG of all frames, for people.", panel="Output")
+
+
+@dataclass(kw_only=True)
 class TrainOptions(RunOptions):
     """What finetune and train-lora share."""
 

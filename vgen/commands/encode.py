@@ -19,7 +19,6 @@ def run(job: Job) -> int:
     """Encode every input, print the store (with --json every clip); 3 if some inputs were set aside."""
     from vgen import clips
     from vgen.encode import embed_captions, encode
-    from vgen.machine import machine
     from vgen.store import Store
 
     options = job.options
@@ -28,11 +27,7 @@ def run(job: Job) -> int:
     items = clips.discover(options.inputs, options.captions)
     if not items:
         raise UsageError(f"No clip was found in: {', '.join(options.inputs)}.", "Check the paths.")
-    model = job.card.loader()(
-        job.found.folder,
-        job.found.checkpoint,
-        machine(options.device, options.dtype, threads=options.threads),
-    )
+    model = job.card.loader()(job.folder(), job.found.checkpoint, job.machine())
     mend = (
         f"vgen encode {job.card.name} {' '.join(options.inputs)} --checkpoint {job.found.reference} -o ANOTHER_FOLDER"
     )

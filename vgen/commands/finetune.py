@@ -8,11 +8,10 @@ from vgen.commands.prepare import Job
 def run(job: Job) -> int:
     """Train the part and print the folder of the checkpoint."""
     from vgen.finetune import finetune
-    from vgen.machine import machine
 
     options = job.options
     folder = job.folder()
-    where = machine(options.device, options.dtype, threads=options.threads)
+    where = job.machine()
     model = job.card.loader()(folder, job.found.checkpoint, where)
     with job.out.progress() as on_step:
         figures = finetune(job.card, model, folder, options, where, on_step)

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
@@ -21,15 +21,19 @@ from vgen.errors import UsageError, VgenError
 from vgen.family import Family
 from vgen.options import RunOptions, flag
 
+if TYPE_CHECKING:
+    from vgen.machine import Machine
+
 # What runs each verb: a function of a Job that returns the exit code. It imports torch, so it is imported late.
 ACTS = {
     "sample": "vgen.commands.sample:run",
     "encode": "vgen.commands.encode:run",
+    "decode": "vgen.commands.decode:run",
     "finetune": "vgen.commands.finetune:run",
 }
 SOURCES = ("input", "inputs", "data")  # options that name existing files or folders, or 'world:COUNT'
 SETS = ("inputs", "data")  # those of them that may be thousands of files; the stores hash each by itself
-CLIPS = ("sample", "interpolate", "upscale")  # verbs whose output must not exist yet; the others go on in a folder
+CLIPS = ("sample", "decode", "interpolate", "upscale")  # verbs whose output must not exist yet; the others go on in a folder
 
 
 @dataclass
@@ -48,6 +52,13 @@ class Job:
         """Where the weights lie; known once `_fetch` has run."""
         assert self.found.folder is not None
         return self.found.folder
+
+    def machine(self) -> Machine:
+        """The machine that the options ask for. Imports torch."""
+        from vgen.machine import machine
+
+        offload = getattr(self.options, "cpu_offload", False)
+        return machine(self.options.device, self.options.dtype, threads=self.options.threads, offload=offload)
 
     def checkpoint(self) -> dict[str, Any]:
         """The checkpoint that runs, for records and plans."""

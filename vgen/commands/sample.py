@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vgen.commands.prepare import Job
-from vgen.outputs import check_output
+from vgen.outputs import check_output, sheet_of, spread
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -19,33 +19,19 @@ if TYPE_CHECKING:
 def run(job: Job) -> int:
     """Make the clips, write them and their records, and print their paths."""
     from vgen.generate import generate
-    from vgen.machine import machine
 
     options = job.options
     paths = spread(options.output, options.num_videos_per_prompt)
     for path in paths:
         check_output(path, options.overwrite)
-    where = machine(options.device, options.dtype, threads=options.threads, offload=options.cpu_offload)
-    model = job.card.loader()(job.found.folder, job.found.checkpoint, where)
-    for note in getattr(model, "notes", lambda _: ())(options):
+    model = job.card.loader()(job.folder(), job.found.checkpoint, job.machine())
+    for note in model.notes(options):
         job.out.warning(note)
     with job.out.progress() as on_step:
         streams = generate(model, options, on_step)
     for i, path in enumerate(paths):
         _write(job, model, {name: stream[i : i + 1] for name, stream in streams.items()}, path, options.seed + i)
     return 0
-
-
-def spread(output: Path, count: int) -> list[Path]:
-    """The paths of `count` clips: the output itself for one, numbered names for more."""
-    if count == 1:
-        return [output]
-    return [output.with_name(f"{output.stem}-{i}{output.suffix}") for i in range(count)]
-
-
-def sheet_of(path: Path) -> Path:
-    """Where the contact sheet of a clip goes."""
-    return path.with_name(f"{path.stem}.sheet.png")
 
 
 def _write(job: Job, model: Model, streams: Mapping[str, Tensor], path: Path, seed: int) -> None:

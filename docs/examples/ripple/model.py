@@ -56,6 +56,10 @@ class Ripple:
         """The part, ready for sampling."""
         return Waves(self.spread)
 
+    def notes(self, options: Any) -> list[str]:
+        """What a user should hear before a clip is made."""
+        return []
+
     def draw(self, name: str, options: Any, streams: Mapping[str, Tensor]) -> Draw:
         """What the part is asked for."""
         seeds, device = range(options.seed, options.seed + options.num_videos_per_prompt), self.machine.device

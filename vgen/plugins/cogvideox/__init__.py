@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from vgen.errors import UsageError, VgenError
 from vgen.family import Checkpoint, Family, PartCard, Rule
-from vgen.options import EncodeOptions, SampleOptions, TrainOptions, arg, flag, opt
+from vgen.options import DecodeOptions, EncodeOptions, SampleOptions, TrainOptions, arg, flag, opt
 
 
 @dataclass(kw_only=True)
@@ -236,7 +236,7 @@ family = Family(
     name="cogvideox",
     summary="Text, image and video to video: a transformer over a causal 3D autoencoder.",
     paper="arXiv:2408.06072",
-    verbs={"encode": Encode, "finetune": Finetune, "sample": Sample},
+    verbs={"encode": Encode, "decode": DecodeOptions, "finetune": Finetune, "sample": Sample},
     load="vgen.plugins.cogvideox.model:load",
     checkpoints=CHECKPOINTS,
     default="2b",
@@ -256,6 +256,10 @@ family = Family(
         "encode": (
             "vgen encode cogvideox clips/ -o latents/",
             "vgen encode cogvideox clips/ --captions captions.csv --bucket 49x480x720 --check -o latents/",
+        ),
+        "decode": (
+            "vgen decode cogvideox latents.safetensors -o clip.mp4",
+            "vgen decode cogvideox latents/ -o clips/clip.mp4 --contact-sheet",
         ),
         "finetune": (
             "vgen finetune cogvideox --data latents/ --max-train-steps 1000 -o tuned/",

@@ -134,9 +134,13 @@ class CogVideoX:
         """What identifies text embeddings: the encoder's weights, and the length."""
         return f"t5:{file_hash(self.folder / 'text_encoder')[:16]}:{self.text_length}"
 
-    def unknown_words(self, prompt: str) -> tuple[list[str], list[str]]:
-        """Words of a prompt that a small text encoder does not know, and all that it knows."""
-        return text.unknown(self.tokenizer, prompt), text.known(self.tokenizer)
+    def notes(self, options: Any) -> list[str]:
+        """What a user should hear before the clip is made: words that a small text encoder does not know."""
+        knows = text.known(self.tokenizer)
+        unknown = text.unknown(self.tokenizer, f"{options.prompt} {options.negative_prompt}")
+        if not knows or not unknown:
+            return []
+        return [f"This checkpoint does not know: {', '.join(unknown)}. It knows: {', '.join(knows)}."]
 
     def cached_text(self, texts: Sequence[str]) -> dict[str, Tensor]:
         """The embedding (L, D) of each text, from the disk where it is there; the encoder loads only for the others."""
