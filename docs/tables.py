@@ -22,6 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 TABLE = re.compile(r"(<!-- table: ([^\n]+?) -->\n).*?(<!-- end -->)", re.DOTALL)
 SHARED = {
     "encode": options.EncodeOptions,
+    "decode": options.DecodeOptions,
     "finetune": options.TrainOptions,
     "sample": options.SampleOptions,
     "train-lora": options.LoraOptions,

@@ -160,6 +160,11 @@ def test_links_resolve():
                 assert (page.parent / link.partition("#")[0]).exists(), f"{page.name}: {link}"
 
 
+def test_every_page_is_linked_from_the_readme():
+    text = PAGES[0].read_text()
+    assert not [page.name for page in PAGES[1:] if f"(docs/{page.name})" not in text]
+
+
 def test_words_of_the_command_line_exist():
     cards = families()[0]
     rows = [row for card in cards for verb in card.verbs for part in sections(card, verb).values() for row in part]

@@ -49,19 +49,15 @@ class Ripple:
     space, base = Space("ripple-pixels", channels=3, strides=(1, 1, 1)), ("waves",)
 
     def decode(self, streams: Mapping[str, Tensor]) -> Tensor:
-        """Streams to pixels."""
         return streams["latents"].clamp(-1, 1)
 
     def denoiser(self, name: str, options: Any) -> Waves:
-        """The part, ready for sampling."""
         return Waves(self.spread)
 
     def notes(self, options: Any) -> list[str]:
-        """What a user should hear before a clip is made."""
-        return []
+        return []  # nothing to warn of
 
     def draw(self, name: str, options: Any, streams: Mapping[str, Tensor]) -> Draw:
-        """What the part is asked for."""
         seeds, device = range(options.seed, options.seed + options.num_videos_per_prompt), self.machine.device
         shape = (3, options.num_frames, options.height, options.width)
         cond = {"waves": self.waves(options).expand(len(seeds), *shape).to(device)}
