@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKLCogVideoX, CogVideoXTransformer3DModel
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoTokenizer, T5Config, T5EncoderModel
 
@@ -62,17 +63,17 @@ class CogVideoX:
         return self._loaded[name]
 
     def _pretrained(self, name: str) -> nn.Module:
-        dtype = self.machine.dtype
+        told: dict[str, Any] = {"use_safetensors": True, "local_files_only": True, "output_loading_info": True}
+        mend = "Fetch the checkpoint again, or train it first (--from-scratch)."
         try:
-            network: nn.Module = CLASSES[name].from_pretrained(
-                self.folder / name, torch_dtype=dtype, use_safetensors=True, local_files_only=True
-            )
-        except (OSError, ValueError) as error:
-            raise VgenError(
-                f"The weights of '{name}' in {self.folder} could not be loaded: {error}",
-                "Fetch the checkpoint again, or train it first (--from-scratch).",
-            ) from error
-        return network.to(dtype)
+            made, info = CLASSES[name].from_pretrained(self.folder / name, torch_dtype=self.machine.dtype, **told)
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+            raise VgenError(f"The weights of '{name}' in {self.folder} could not be loaded: {error}", mend) from error
+        wrong = [key for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") for key in info[kind]]
+        if wrong:
+            raise VgenError(f"The weights of '{name}' in {self.folder} do not fit its config.json: {wrong[0]}.", mend)
+        network: nn.Module = made
+        return network
 
     def _random(self, name: str) -> nn.Module:
         if name == "text_encoder":
