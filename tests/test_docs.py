@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
@@ -10,6 +11,7 @@ from fractions import Fraction
 from pathlib import Path
 
 import pytest
+import tiny
 from shell import Done, run, vgen
 
 from vgen import latents, record, world
@@ -91,10 +93,11 @@ def _program(folder: Path, first: str) -> None:
     path.chmod(0o755)
 
 
-def bash(desk: Path, text: str, how: str) -> Done:
+def bash(desk: Path, text: str, how: str, **variables: str) -> Done:
     """Run lines of shell at the desk, as a person would, with its `vgen` dry or wet."""
     path = os.pathsep.join([str(desk / how), os.environ["PATH"]])
-    return run(["bash", "-euo", "pipefail", "-c", text], desk, PATH=path, HOME=str(desk), VGEN_FAMILIES="")
+    fixed = {"PATH": path, "HOME": str(desk), "VGEN_FAMILIES": ""}
+    return run(["bash", "-euo", "pipefail", "-c", text], desk, **fixed, **variables)
 
 
 def test_tables_equal_the_cards():
@@ -115,6 +118,21 @@ def test_shell_blocks_so_marked_run_in_full(desk, name):
     outputs = [Path(word) for word in done.out.splitlines() if (desk / word).is_file()]
     assert outputs
     assert all((desk / f"{path}.toml").is_file() for path in outputs)
+
+
+def test_clips_to_a_tuned_model_as_the_page_says_with_fewer_steps(desk):
+    """In a folder of its own: encode, finetune, sample and decode, on a tiny checkpoint."""
+    tiny.checkpoint(desk / "own" / "tiny")
+    for name in ("clips", "wet"):
+        (desk / "own" / name).symlink_to(desk / name, target_is_directory=True)
+    page = blocks("sh")["finetune.md-0"].replace("1000", "2").splitlines()
+    page.append("vgen decode cogvideox latents/ -o decoded/ball.mp4 --contact-sheet")
+    small = {"VGEN_CHECKPOINT": "tiny", "VGEN_NUM_INFERENCE_STEPS": "2"}
+    for line, answer in zip(page, ("latents", "tuned", "after.mp4", "decoded/ball.mp4"), strict=True):
+        done = bash(desk / "own", line, "wet", **small)
+        assert (done.code, done.out) == (0, f"{answer}\n"), done.err
+    log = (desk / "own" / "tuned" / "training" / "log.jsonl").read_text().splitlines()
+    assert [json.loads(step)["step"] for step in log] == [1, 2]
 
 
 def test_the_reader_in_the_docs_reads(desk):
