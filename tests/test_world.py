@@ -93,7 +93,7 @@ def test_every_pair_of_attributes_is_trained_on(train: set[tuple[str, str, str]]
     assert {(t[0], t[2]) for t in train if t[0] != "brown"} == {*product(world.COLOURS, moves)}
 
 
-@pytest.mark.parametrize("variety", ["plain", "full"])
+@pytest.mark.parametrize("variety", ["simple", "plain", "full"])
 def test_draws_are_balanced(variety: world.Variety):
     scenes = [world.scene(SEED, i, variety=variety) for i in range(2000)]
     for name in ("colour", "object", "motion"):
@@ -111,7 +111,7 @@ def test_captions_say_what_is_shown_in_few_known_words():
     assert world.caption(one("teddy bear", "skating", background="ice")) == "a teddy bear skating"
     assert world.caption(one("star", "rising", camera="pan left")) == "a red star rising, camera pans left"
     known, texts = set(world.words()), Counter[str]()
-    for variety, split in product(("plain", "full"), ("train", "held-out")):
+    for variety, split in product(("simple", "plain", "full"), ("train", "held-out")):
         for prompt in world.prompts(400, SEED, variety=variety, split=split):
             texts[prompt.text] += 1
             parts = prompt.text.replace(",", "").split()
@@ -127,7 +127,7 @@ def test_captions_say_what_is_shown_in_few_known_words():
     assert 0.4 < sum(told) / len(told) < 0.6
 
 
-@pytest.mark.parametrize("variety", ["plain", "full"])
+@pytest.mark.parametrize("variety", ["simple", "plain", "full"])
 def test_objects_are_large_stay_inside_and_move_slowly(variety: world.Variety):
     for i in range(120):
         pixels, cover, _, drawn = world.clip(SEED, i, variety=variety)
@@ -187,7 +187,7 @@ def test_full_clips_are_read_right():
     assert min(shares.values()) >= 0.98, shares
 
 
-@pytest.mark.parametrize("variety", ["plain", "full"])
+@pytest.mark.parametrize("variety", ["simple", "plain", "full"])
 def test_softened_clips_are_read_right(variety: world.Variety):
     clips = shown(120, SEED + 3, variety)
     readings = [read(softened(pixels, i)) for i, (pixels, _) in enumerate(clips)]

@@ -28,7 +28,7 @@ VIDEOS = {".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi", ".ts", ".mts", ".m2ts
 VIDEOS |= {".flv", ".wmv", ".3gp", ".ogv", ".gif"}
 IMAGES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 WORLD_FPS = Fraction(8)
-_WORLD = re.compile(r"world(-full)?:(\d+)(?::(\d+))?")
+_WORLD = re.compile(r"world(-simple|-full)?:(\d+)(?::(\d+))?")
 
 Size = tuple[int, int, int]  # frames, height, width
 
@@ -72,7 +72,7 @@ class Loaded(NamedTuple):
 
 
 def discover(inputs: Sequence[str], captions: Path | None = None) -> list[Item]:
-    """The clips and images that files, folders, globs and 'world[-full]:COUNT[:SEED]' name, each once, in order.
+    """The clips and images that files, folders, globs and 'world[-simple|-full]:COUNT[:SEED]' name, each once, in order.
 
     Folders are searched to the bottom, sorted, without hidden files. Captions are the rows of the file `captions` (CSV
     or JSONL, columns `file` and `caption`, any number of rows for a file), else the lines of NAME.txt beside a clip.
@@ -162,7 +162,7 @@ def _named(text: str) -> Iterator[Item]:
     spec = _WORLD.fullmatch(text)
     path = Path(text)
     if spec:
-        yield from _of_world(bool(spec[1]), int(spec[2]), int(spec[3] or 0))
+        yield from _of_world((spec[1] or "-plain")[1:], int(spec[2]), int(spec[3] or 0))
     elif path.is_dir():
         files = sorted(p for p in path.rglob("*") if p.suffix.lower() in VIDEOS | IMAGES and _visible(p, path))
         if not files:
@@ -188,9 +188,9 @@ def _visible(path: Path, folder: Path) -> bool:
     return path.is_file() and not any(part.startswith(".") for part in path.relative_to(folder).parts)
 
 
-def _of_world(full: bool, count: int, seed: int) -> Iterator[Item]:
+def _of_world(variety: str, count: int, seed: int) -> Iterator[Item]:
     """The first `count` clips of the world of that seed, captioned."""
-    name, variety = ("world-full", "full") if full else ("world", "plain")
+    name = "world" if variety == "plain" else f"world-{variety}"
     for index in range(count):
         one = World(seed, index, variety)  # type: ignore[arg-type]
         caption = world.clip(seed, index, 1, 32, 32, variety=one.variety)[2]

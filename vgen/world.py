@@ -21,7 +21,7 @@ from torch import Tensor
 
 from vgen.errors import UsageError, did_you_mean
 
-Variety = Literal["plain", "full"]
+Variety = Literal["simple", "plain", "full"]
 Split = Literal["train", "held-out"]
 RGB = tuple[int, int, int]
 
@@ -124,7 +124,7 @@ def _stage(rng: random.Random, motion: str, variety: Variety) -> tuple[str, str]
     """Background and camera. The camera moves only over a texture, where that can be seen."""
     if motion == "skating":
         return "ice", "static"
-    if variety == "plain" or rng.random() < 0.4:
+    if variety != "full" or rng.random() < 0.4:
         return _pick(rng, ("dark", "light")), "static"
     return "textured", _pick(rng, CAMERAS)
 
@@ -150,13 +150,18 @@ def scene(seed: int, index: int, *, variety: Variety = "plain", split: Split = "
     elif motion in ("growing", "shrinking"):
         size *= 0.88
     phase, tone = rng.random(), rng.uniform(-1, 1)
+    if variety == "simple":
+        size, travel, phase = 0.5 * (0.88 if motion in ("growing", "shrinking") else 1.0), 0.375, 0.0
     draft = Scene(colour, thing, motion, background, camera, 0.0, 0.0, size, travel, phase, tone)
-    x, y = _room(draft, rng.random(), rng.random())
+    x, y = _room(draft, rng.random(), rng.random(), 1 / 8 if variety == "simple" else 0.0)
     return replace(draft, x=x, y=y)
 
 
-def _room(draft: Scene, across: float, down: float) -> tuple[float, float]:
-    """A start from which the whole way stays inside the frame; `across` and `down`, 0 to 1, choose among them."""
+def _room(draft: Scene, across: float, down: float, grid: float) -> tuple[float, float]:
+    """A start from which the whole way stays inside the frame; `across` and `down`, 0 to 1, choose among them.
+
+    With a `grid` it is the middle of them, or so far beside it where there is room.
+    """
     u = torch.linspace(0, 1, 17)
     x, y, size, _ = path(draft, u)
     zoom, _, _ = camera_path(draft.camera, u)
@@ -164,9 +169,11 @@ def _room(draft: Scene, across: float, down: float) -> tuple[float, float]:
     spots = []
     for way, chosen in ((x, across), (y, down)):
         low, high = ((-free - way) / zoom).max().item(), ((free - way) / zoom).min().item()
-        spots.append(low + chosen * (high - low) if low < high else (low + high) / 2)
+        middle = (low + high) / 2
+        spot = middle + (int(chosen * 3) - 1) * grid if grid else low + chosen * (high - low)
+        spots.append(spot if low <= spot <= high else middle)
     if draft.motion == "skating":
-        spots[1] = 0.06 + 0.08 * down  # feet on the ice
+        spots[1] = 0.1 if grid else 0.06 + 0.08 * down  # feet on the ice
     return spots[0], spots[1]
 
 

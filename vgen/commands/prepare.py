@@ -18,7 +18,7 @@ from vgen.commands.output import Out, complain, mode
 from vgen.commands.quiet import hush
 from vgen.commands.surface import HOUSE
 from vgen.errors import UsageError, VgenError
-from vgen.family import Family
+from vgen.family import Checkpoint, Family
 from vgen.options import RunOptions, flag
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ ACTS = {
 }
 SOURCES = ("input", "inputs", "data")  # options that name existing files or folders, or 'world:COUNT'
 SETS = ("inputs", "data")  # those of them that may be thousands of files; the stores hash each by itself
-CLIPS = ("sample", "decode", "interpolate", "upscale")  # verbs whose output must not exist yet; the others go on in a folder
+CLIPS = ("sample", "decode", "interpolate", "upscale")  # their output must not exist yet; the others go on in a folder
 
 
 @dataclass
@@ -98,7 +98,7 @@ def prepare(verb: str, card: Family, given: dict[str, Any], config: Path | None,
     if options.seed is None:
         options.seed, origins["seed"] = secrets.randbelow(2**31), "drawn"
     if options.output is None:
-        options.output, origins["output"] = default_output(verb, card, options), "named after the run"
+        options.output, origins["output"] = default_output(verb, card, options, found.checkpoint), "named after the run"
     check_output(verb, options)
     job = Job(verb, card, found, options, origins, out, record.Run(verb, card.name, {}, {}))
     if not dry:
@@ -144,17 +144,19 @@ def _inputs(options: RunOptions) -> Iterator[tuple[str, Path]]:
             yield field.name, value
         if field.name in SOURCES:
             given = value if isinstance(value, list) else [value] if value else []
-            yield from ((field.name, Path(one)) for one in given if not one.startswith("world:"))
+            yield from ((field.name, Path(one)) for one in given if not one.startswith(("world:", "world-")))
 
 
-def default_output(verb: str, card: Family, options: Any) -> Path:
-    """Where the result goes when -o is absent, in the current folder."""
+def default_output(verb: str, card: Family, options: Any, checkpoint: Checkpoint) -> Path:
+    """Where the result goes when -o is absent, in the current folder; a clip of one frame is a picture."""
+    frames = getattr(options, "num_frames", None) or checkpoint.defaults.get("num_frames")
+    clip = ".png" if frames == 1 else ".mp4"
     if verb == "sample":
-        return Path(f"{card.name}-{options.seed}.mp4")
+        return Path(f"{card.name}-{options.seed}{clip}")
     if verb == "encode":
         return Path(f"{card.name}-latents")
     part = getattr(options, "part", "")
-    return Path("-".join(filter(None, (card.name, part, verb))) + (".mp4" if verb in CLIPS else ""))
+    return Path("-".join(filter(None, (card.name, part, verb))) + (clip if verb in CLIPS else ""))
 
 
 def check_output(verb: str, options: RunOptions) -> None:
@@ -163,6 +165,7 @@ def check_output(verb: str, options: RunOptions) -> None:
     assert path is not None
     if verb in CLIPS:
         outputs.check_output(path, options.overwrite)
+        outputs.check_frames(path, getattr(options, "num_frames", None) or 1)
         return
     if path.exists() and not path.is_dir():
         raise UsageError(f"{path} is a file; '{verb}' writes a folder.", "Choose another name with -o.")
