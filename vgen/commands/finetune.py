@@ -16,5 +16,5 @@ def run(job: Job) -> int:
     with job.out.progress() as on_step:
         figures = finetune(job.card, model, folder, options, where, on_step)
     job.run.write(options.output, figures=figures)
-    job.out.result(options.output, seconds=job.run.seconds, **figures)
+    job.out.result(options.output, **{**figures, "seconds": job.run.seconds})
     return 0
