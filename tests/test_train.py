@@ -126,17 +126,20 @@ def test_an_output_that_is_there_is_not_mixed_up(folder: Path, store: str, tmp_p
         run(folder, out, data=[store], **FAST)
     assert weights(out) == before
     other = tiny.checkpoint(tmp_path / "other", "5b", seed=1)
+    with pytest.raises(VgenError, match="no such file"):
+        run(other, out, data=[str(tmp_path / "nowhere")], overwrite=True)
+    assert weights(out) == before
     run(other, out, **PIXELS, max_train_steps=1, overwrite=True)
     theirs = (other / "transformer" / "diffusion_pytorch_model.safetensors").read_bytes()
     assert weights(out)["transformer/diffusion_pytorch_model.safetensors"] == theirs
     assert len(log(out)) == 1
 
 
-@pytest.mark.parametrize("change", [{"train_text_encoder": False}, {"ema_decay": 0.0}])
+@pytest.mark.parametrize("change", [{"train_text_encoder": False}, {"ema_decay": 0.0}, {"seed": 4}])
 def test_the_state_of_another_run_is_refused(folder: Path, store: str, tmp_path: Path, change: dict[str, Any]) -> None:
     told = {"data": [store], **ALONG}
     run(folder, tmp_path / "out", **told, max_train_steps=1)
-    with pytest.raises(VgenError, match=r"another network|with --ema-decay"):
+    with pytest.raises(VgenError, match=r"another network|with --ema-decay|--seed 3"):
         run(folder, tmp_path / "out", **{**told, **change}, resume=True)
 
 
@@ -396,7 +399,7 @@ def test_a_kill_during_export_leaves_a_whole_checkpoint(folder: Path, tmp_path: 
 
 def test_ctrl_c_finishes_the_step_saves_and_can_be_resumed(folder: Path, store: str, tmp_path: Path) -> None:
     line = [sys.executable, "-m", "vgen.cli", "finetune", "cogvideox", "--checkpoint", str(folder), "--data", store]
-    line += ["--max-train-steps", "100000", "--seed", "1", "-o", str(tmp_path / "out"), "--train-batch-size", "2"]
+    line += ["--max-train-steps", "100000", "--seed", "3", "-o", str(tmp_path / "out"), "--train-batch-size", "2"]
     process = subprocess.Popen(line, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     path = tmp_path / "out" / "training" / "log.jsonl"
     for _ in range(1200):

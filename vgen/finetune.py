@@ -28,10 +28,16 @@ def finetune(
     Raises UsageError where the output is not empty and neither --resume nor --overwrite says what to do with it.
     """
     output = Path(options.output)
-    if not options.resume:
-        _clear(output, base, options.overwrite)
+    fresh = not options.resume and output.resolve() != base.resolve()
+    if fresh and not options.overwrite and output.is_dir() and any(output.iterdir()):
+        raise UsageError(
+            f"{output} is not empty.",
+            "--resume goes on with the run in it, --overwrite starts anew; or choose another.",
+        )
     batch = batches(card, model, options)
     part = model.part(options.part, options)
+    if fresh:
+        _clear(output, base)
 
     def save(networks: Mapping[str, nn.Module]) -> None:
         settle = getattr(part, "settle", None)
@@ -43,16 +49,8 @@ def finetune(
     return train.fit(part, batch, options, machine, output / "training", export=save, on_step=on_step)
 
 
-def _clear(output: Path, base: Path, overwrite: bool) -> None:
+def _clear(output: Path, base: Path) -> None:
     """Make way for a run from the start: remove an earlier run's state and what it copied from its base."""
-    there = [path.name for path in output.iterdir()] if output.is_dir() else []
-    if not there or output.resolve() == base.resolve():
-        return
-    if not overwrite:
-        raise UsageError(
-            f"{output} is not empty.",
-            "--resume goes on with the run in it, --overwrite starts anew; or choose another.",
-        )
     for path in [output / "training", *(output / entry.name for entry in base.iterdir())]:
         if path.is_dir():
             shutil.rmtree(path)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from vgen.dataset import Batch, ahead
-from vgen.errors import VgenError
+from vgen.errors import UsageError, VgenError
 from vgen.files import replacing
 from vgen.machine import DTYPES, Machine, seeded
 from vgen.model import OnStep, Part
@@ -45,7 +45,7 @@ def fit(
     """
     folder.mkdir(parents=True, exist_ok=True)
     state = _State.of(part, options, machine)
-    done = state.restore(folder / STATE) if options.resume else 0
+    done = state.restore(folder / STATE, options.seed) if options.resume else 0
     figures = _shorten(folder / LOG, done)
     if done >= options.max_train_steps:  # the run may have been killed between its last state and its export
         with state.averaged():
@@ -64,7 +64,7 @@ def fit(
             last = step + 1 == options.max_train_steps
             if last or interrupted() or (step + 1) % options.checkpointing_steps == 0:
                 log.flush()
-                state.save(folder / STATE, step + 1)
+                state.save(folder / STATE, step + 1, options.seed)
                 with state.averaged():
                     export(part.modules)
             if interrupted():
@@ -182,19 +182,23 @@ class _State:
             for name, weight in kept.items():
                 self.trained[name].data = weight
 
-    def save(self, path: Path, step: int) -> None:
+    def save(self, path: Path, step: int, seed: int | None) -> None:
         """Write everything to one file, atomically."""
         tensors = {f"weights/{n}": t for n, t in self.modules.state_dict().items()}
         tensors |= {f"ema/{n}": t for n, t in self.ema.items()} | {f"own/{n}": t for n, t in self.own.items()}
         for name, p in self.trained.items():
             tensors |= {f"adamw/{name}/{k}": t for k, t in self.optimizer.state[p].items()}
-        save_tensors(path, tensors, {"format": "vgen-training/1", "step": step, "scaler": self.scaler.state_dict()})
+        told = {"format": "vgen-training/1", "step": step, "seed": seed, "scaler": self.scaler.state_dict()}
+        save_tensors(path, tensors, told)
 
-    def restore(self, path: Path) -> int:
+    def restore(self, path: Path, seed: int | None) -> int:
         """Load the saved state, if there is one. Returns the steps done. Raises VgenError where it does not fit."""
         if not path.exists():
             return 0
         tensors, record = load_tensors(path)
+        if record.get("seed", seed) != seed:
+            do = f"Resume with --seed {record['seed']}: it decides the order of the data."
+            raise UsageError(f"{path} is of a run with another seed.", do)
         held: dict[str, dict[str, Tensor]] = {"weights": {}, "ema": {}, "own": {}, "adamw": {}}
         for name, tensor in tensors.items():
             kind, _, rest = name.partition("/")

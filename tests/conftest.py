@@ -1,0 +1,16 @@
+"""What all tests share: a cache folder of their own."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Keep what vgen caches away from the user's folder, and from what earlier runs left there."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(os.environ, "VGEN_HOME", str(tmp_path_factory.mktemp("vgen-home")))
+        yield
