@@ -107,7 +107,7 @@ def test_only_entry_points_lead_to_families():
     assert not [where for a, b, where in edges() if family_of(b) and not family_of(a)]
     ours = [name for name in installed() if (ROOT / "plugins" / name).is_dir()]
     assert ours
-    names = re.compile("|".join(ours), re.IGNORECASE)
+    names = re.compile(rf"\b({'|'.join(ours)})\b", re.IGNORECASE)
     assert not [
         str(path) for name, path in files().items() if floor(name) in (0, 2, 4) and names.search(path.read_text())
     ]

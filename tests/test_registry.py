@@ -250,7 +250,9 @@ FILES = {
     "model_index.json": json.dumps({"_class_name": "Toy", "net": ["diffusers", "Net"]}).encode(),
     "net/config.json": CONFIG,
     "net/net.safetensors": WEIGHTS,
+    "net/net.fp16.safetensors": WEIGHTS,
     "net/net.bin": b"a pickle",
+    "everything-in-one.safetensors": WEIGHTS,
     "run_me.py": b"print('no')",
 }
 
@@ -260,7 +262,7 @@ def download(home: Path, repos: dict[str, dict[str, bytes]], *references: str) -
         home_and_hub = {"HF_HOME": str(home), "HF_ENDPOINT": address, "HF_HUB_OFFLINE": "0"}
         done = run([sys.executable, "-c", DOWNLOAD, *references], HF_HUB_DISABLE_XET="1", **home_and_hub)
         assert done.code == 0, done.err
-        assert not [path for path in asked if path.endswith((".bin", ".py"))]
+        assert not [path for path in asked if path.endswith((".bin", ".py", ".fp16.safetensors", "one.safetensors"))]
     return [json.loads(line) for line in done.out.splitlines()]
 
 

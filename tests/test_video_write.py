@@ -171,6 +171,18 @@ def test_tiny_frames_are_written_as_they_are(tmp_path: Path, kind: str, side: in
     assert (clip.frames.int() - 128).abs().max() <= 3
 
 
+def test_one_frame_is_a_picture(tmp_path: Path) -> None:
+    (frame,) = barcodes(1)
+    path = write(tmp_path / "a.PNG", [frame], Fraction(1), metadata={"seed": 7})
+    with Image.open(path) as image:
+        assert image.format == "PNG"
+        assert torch.equal(torch.from_numpy(np.array(image)), frame)
+    assert read_metadata(path) == {"seed": 7}
+    with pytest.raises(UsageError, match="is one picture"):
+        write(path, barcodes(2), Fraction(8))
+    assert read_metadata(path) == {"seed": 7}
+
+
 def test_contact_sheet_shows_every_frame_enlarged(tmp_path: Path) -> None:
     sheet = contact_sheet(barcodes(5, 24, 64), tmp_path / "s.png", columns=3)
     with Image.open(sheet) as image:
@@ -182,7 +194,14 @@ def test_contact_sheet_shows_every_frame_enlarged(tmp_path: Path) -> None:
 
 
 def test_outputs_are_checked_before_work(tmp_path: Path) -> None:
-    for name, kind in [("a.mp4", ".mp4"), ("b.WEBM", ".webm"), ("c.gif", ".gif"), ("d", ""), ("e.v1/", "")]:
+    for name, kind in [
+        ("a.mp4", ".mp4"),
+        ("b.WEBM", ".webm"),
+        ("c.gif", ".gif"),
+        ("p.png", ".png"),
+        ("d", ""),
+        ("e.v1/", ""),
+    ]:
         assert check_output(f"{tmp_path}/{name}") == kind
     assert check_output(tmp_path / "deep" / "er" / "l.safetensors") == ".safetensors"
     with pytest.raises(UsageError, match=r"Did you mean '\.mp4'"):

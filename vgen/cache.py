@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-SAFE = ("*.safetensors", "*.json", "*.txt", "*.model", "*.md")  # what is downloaded: nothing that can run code
+SAFE = ("*/*.safetensors", "*.json", "*.txt", "*.model", "*.md")  # what is downloaded: nothing that can run code
+COPIES = ("*.fp16.*", "*.bf16.*", "*.non_ema.*")  # the same weights once more, which are not
 PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 COMMIT = re.compile(r"[0-9a-f]{40}")
 

@@ -13,13 +13,14 @@ from vgen.errors import UsageError, VgenError, did_you_mean
 from vgen.files import explained, make_folder, sync_folder
 
 VIDEOS = (".mp4", ".webm", ".gif")
+PICTURE = ".png"
 LATENTS = ".safetensors"
-KNOWN = (*VIDEOS, LATENTS)
+KNOWN = (*VIDEOS, PICTURE, LATENTS)
 _MARK = ".vgen-"  # temporary names begin with it; hidden, so that a folder of clips is not read with one in it
 
 
 def check_output(path: Path | str, overwrite: bool = False) -> str:
-    """What will be written at `path`: ".mp4", ".webm", ".gif", ".safetensors" or "" for a folder of PNGs.
+    """What will be written at `path`: ".mp4", ".webm", ".gif", ".png", ".safetensors" or "" for a folder of PNGs.
 
     Raises UsageError for another extension or an output that exists, VgenError for a folder that cannot be
     written to. Creates nothing.
@@ -42,6 +43,15 @@ def check_output(path: Path | str, overwrite: bool = False) -> str:
             raise UsageError(f"'{text}' exists.", "Give --overwrite to replace it, or name another output.")
     _check_writable(path)
     return kind
+
+
+def check_frames(path: Path, num_frames: int) -> None:
+    """Refuse a clip where one picture goes. Raises UsageError."""
+    if num_frames > 1 and path.suffix.lower() == PICTURE:
+        raise UsageError(
+            f"'{path}' is one picture, and there are more frames.",
+            "Name a video, or a folder (no extension) for a picture of each frame.",
+        )
 
 
 def spread(path: Path, count: int) -> list[Path]:

@@ -188,7 +188,11 @@ def _fetch(found: Found, patterns: list[str]) -> Path:
 
     page = f"{os.environ.get('HF_ENDPOINT', 'https://huggingface.co')}/{found.repo}"
     try:
-        return Path(snapshot_download(found.repo, revision=found.revision, allow_patterns=patterns))
+        return Path(
+            snapshot_download(
+                found.repo, revision=found.revision, allow_patterns=patterns, ignore_patterns=list(cache.COPIES)
+            )
+        )
     except hub.GatedRepoError as error:
         raise VgenError(
             f"{found.repo} is gated: its owner wants you to agree to terms first.",

@@ -1,4 +1,4 @@
-"""Writing video: mp4, webm, gif or a folder of PNGs, whole or not at all, with the record of the run inside.
+"""Writing video: mp4, webm, gif, a folder of PNGs or one, whole or not at all, with the record of the run inside.
 
 Frames are an iterable of uint8 tensors (H, W, 3), RGB. Any size is kept: H.264 counts 4:2:0 in pairs of pixels and
 even its cropping window moves in steps of two, so an odd width or height is written as 4:4:4 in mp4, which everything
@@ -22,7 +22,7 @@ from PIL import Image, PngImagePlugin
 from torch import Tensor
 
 from vgen.errors import UsageError, VgenError
-from vgen.outputs import LATENTS, check_output, whole
+from vgen.outputs import LATENTS, PICTURE, check_frames, check_output, whole
 from vgen.probe import open_video, probe
 
 H264 = ("libx264", "libopenh264", "h264_videotoolbox", "h264_mf")  # the first that this build of FFmpeg has
@@ -41,9 +41,9 @@ def write(
 ) -> Path:
     """Write frames (H, W, 3) uint8 at an exact rate; the extension says as what, none makes a folder of PNGs.
 
-    `metadata` is kept as JSON in the file. `quality` is the constant rate factor of H.264, 0 best to 51; VP9's is
-    set to match. Replaces what is at `path`, in one step. Raises VgenError for frames that do not fit
-    together or a disk that refuses, UsageError for an extension that is no video's.
+    A .png takes one frame. `metadata` is kept as JSON in the file. `quality` is the constant rate factor of H.264,
+    0 best to 51; VP9's is set to match. Replaces what is at `path`, in one step. Raises VgenError for frames that do
+    not fit together or a disk that refuses, UsageError for an extension that is no video's or picture's.
     """
     kind = check_output(path, overwrite=True)
     target = Path(path)
@@ -58,11 +58,16 @@ def write(
     first = next(arrays, None)
     if first is None:
         raise VgenError(f"'{path}' was not written: there are no frames.")
+    if kind == PICTURE:
+        check_frames(target, 1 + sum(1 for _ in arrays))
     arrays = chain([first], arrays)
     note = None if metadata is None else json.dumps(metadata, sort_keys=True, ensure_ascii=False, default=str)
     with whole(target) as temporary:
         if not kind:
             _write_pngs(temporary, arrays, note)
+            return target
+        if kind == PICTURE:
+            _write_png(temporary, first, note)
             return target
         try:
             count = (
@@ -224,7 +229,12 @@ def _write_pngs(folder: Path, arrays: Iterator[np.ndarray], note: str | None) ->
     """frame_00000.png and on; the first carries the record."""
     folder.mkdir()
     for index, array in enumerate(arrays):
-        chunks = PngImagePlugin.PngInfo()
-        if index == 0 and note is not None:
-            chunks.add_itxt(_COMMENT, note)
-        Image.fromarray(array).save(folder / f"frame_{index:05d}.png", pnginfo=chunks)
+        _write_png(folder / f"frame_{index:05d}.png", array, note if index == 0 else None)
+
+
+def _write_png(path: Path, array: np.ndarray, note: str | None) -> None:
+    """One frame, with the record where there is one."""
+    chunks = PngImagePlugin.PngInfo()
+    if note is not None:
+        chunks.add_itxt(_COMMENT, note)
+    Image.fromarray(array).save(path, format="PNG", pnginfo=chunks)
