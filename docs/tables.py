@@ -111,14 +111,17 @@ def parts(name: str) -> str:
 
 
 def recipes(name: str) -> str:
-    """The settings files beside the card of a family: what each says of itself, and what it writes."""
-    folder = ROOT / "vgen" / "plugins" / name
-    rows = []
-    for path in sorted(folder.glob("*.toml")):
-        text = path.read_text(encoding="utf-8")
+    """The settings files beside the card of a family, by what their first line says, and the commands to run them.
+
+    A line "# Its data: COMMAND" is a command that comes before.
+    """
+    rows, lines = [], []
+    for path in sorted((ROOT / "vgen" / "plugins" / name).glob("*.toml")):
+        text, place = path.read_text(encoding="utf-8"), path.relative_to(ROOT)
         told = text.partition("\n")[0].removeprefix("#").strip()
-        rows.append((f"[{path.name}](../{path.relative_to(ROOT)})", told, f"`{tomllib.loads(text)['output']}`"))
-    return table(("recipe", "what it does", "output"), rows)
+        rows.append((f"[{path.name}](../{place})", told, f"`{tomllib.loads(text)['output']}`"))
+        lines += [*re.findall(r"^# Its data: (.+)$", text, re.MULTILINE), f"vgen finetune {name} --config {place}"]
+    return table(("recipe", "what it does", "output"), rows) + "\n```sh\n" + "\n".join(lines) + "\n```\n"
 
 
 def drawn() -> str:

@@ -75,10 +75,12 @@ def desk(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("docs", "vgen"):
         (desk / name).symlink_to(ROOT / name, target_is_directory=True)
     (desk / "runs").mkdir()
-    for name in ("demo-1", "demo-2", "demo-3"):
-        (desk / "runs" / name).symlink_to(demo, target_is_directory=True)
-    for name in ("world-stills", "world-clips"):
-        Store.open(desk / "runs" / name, space=SPACE, create=True)
+    for path in RECIPES:
+        told = read(path)
+        (desk / told["output"]).symlink_to(str(family(path.parent.name).demo), target_is_directory=True)
+        for data in told["data"]:
+            if data.startswith("runs/"):
+                Store.open(desk / data, space=SPACE, create=True)
     verbs = "|".join(VERBS)
     _program(desk / "dry", f'case "$1" in {verbs}) exec {sys.executable} -m vgen.cli "$@" --dry-run --json;; esac')
     _program(desk / "wet", "")
