@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from vgen import __version__, cache, family, outputs, record, registry, settings
+from vgen import __version__, cache, family, lean, outputs, record, registry, settings, tensorfile
 from vgen.commands.errors import explain
 from vgen.commands.output import Out, complain, mode
 from vgen.commands.quiet import hush
@@ -33,6 +33,8 @@ ACTS = {
 }
 SOURCES = ("input", "inputs", "data")  # options that name existing files or folders, or 'world:COUNT'
 SETS = ("inputs", "data")  # those of them that may be thousands of files; the stores hash each by itself
+RUNS = ("sample", "encode", "decode")  # verbs that only run networks ...
+MORE = ("compile", "lora", "quantize")  # ... unless one of these options is set
 CLIPS = ("sample", "decode", "interpolate", "upscale")  # their output must not exist yet; the others go on in a folder
 
 
@@ -95,10 +97,12 @@ def prepare(verb: str, card: Family, given: dict[str, Any], config: Path | None,
         out.say(found.note)
     check_inputs(options)
     options = _filled(card, options, found, origins)
-    if options.seed is None:
+    if options.seed is None and not getattr(options, "resume", False):
         options.seed, origins["seed"] = secrets.randbelow(2**31), "drawn"
     if options.output is None:
         options.output, origins["output"] = default_output(verb, card, options, found.checkpoint), "named after the run"
+    if options.seed is None:
+        options.seed, origins["seed"] = _resumed_seed(options.output)
     check_output(verb, options)
     job = Job(verb, card, found, options, origins, out, record.Run(verb, card.name, {}, {}))
     if not dry:
@@ -106,6 +110,13 @@ def prepare(verb: str, card: Family, given: dict[str, Any], config: Path | None,
     job.options.checkpoint = job.found.reference
     job.run.options = record.plain(job.options)
     return job
+
+
+def _resumed_seed(output: Path) -> tuple[int, str]:
+    """The seed of the training in `output`, which decides the order of its data; a draw where there is none yet."""
+    state = output / "training" / "state.safetensors"
+    seed = tensorfile.header(state).record.get("seed") if state.exists() else None
+    return (seed, "the run that is resumed") if isinstance(seed, int) else (secrets.randbelow(2**31), "drawn")
 
 
 def _accelerated(device: str) -> bool:
@@ -211,6 +222,8 @@ def act(job: Job) -> int:
         raise VgenError(f"vgen {__version__} cannot run '{job.verb}' yet.", "A newer vgen may: pip install -U vgen")
     job.out.say(f"Loading {job.card.name} ({job.found.reference}), seed {job.options.seed} ...")
     hush()
+    if job.verb in RUNS and not any(getattr(job.options, name, None) for name in MORE):
+        lean.leave_out()
     job.run.checkpoint = {**job.checkpoint(), "files": weights(job.folder())}
     inputs = [path for name, path in _inputs(job.options) if name not in SETS and path.is_file()]
     job.run.facts = {"device": device(job.options.device), "inputs": record.hash_files(inputs)}

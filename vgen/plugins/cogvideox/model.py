@@ -10,12 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKLCogVideoX, CogVideoXTransformer3DModel
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoTokenizer, T5Config, T5EncoderModel
 
-from vgen import clips, diffusion, latents
+from vgen import clips, diffusion, latents, lean
 from vgen.embeddings import Embeddings
 from vgen.errors import UsageError, VgenError
 from vgen.family import Checkpoint
@@ -26,11 +24,10 @@ from vgen.plugins.cogvideox import autoencoder, caching, draw, text
 from vgen.plugins.cogvideox.autoencoder import Autoencoder
 from vgen.plugins.cogvideox.transformer import Transformer
 
-CLASSES: Mapping[str, Any] = {
-    "vae": AutoencoderKLCogVideoX,
-    "transformer": CogVideoXTransformer3DModel,
-    "text_encoder": T5EncoderModel,
-}
+with lean.imports():
+    from diffusers import AutoencoderKLCogVideoX, CogVideoXTransformer3DModel
+
+CLASSES: Mapping[str, Any] = {"vae": AutoencoderKLCogVideoX, "transformer": CogVideoXTransformer3DModel}
 
 
 def load(folder: Path, checkpoint: Checkpoint, machine: Machine) -> CogVideoX:
@@ -66,7 +63,8 @@ class CogVideoX:
         told: dict[str, Any] = {"use_safetensors": True, "local_files_only": True, "output_loading_info": True}
         mend = "Fetch the checkpoint again, or train it first (--from-scratch)."
         try:
-            made, info = CLASSES[name].from_pretrained(self.folder / name, torch_dtype=self.machine.dtype, **told)
+            with lean.imports("transformers"):
+                made, info = _class(name).from_pretrained(self.folder / name, torch_dtype=self.machine.dtype, **told)
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise VgenError(f"The weights of '{name}' in {self.folder} could not be loaded: {error}", mend) from error
         wrong = [key for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") for key in info[kind]]
@@ -76,9 +74,8 @@ class CogVideoX:
         return network
 
     def _random(self, name: str) -> nn.Module:
-        if name == "text_encoder":
-            return T5EncoderModel(T5Config(**self.config(name)))
-        network: nn.Module = CLASSES[name].from_config(self.config(name))
+        kind, config = _class(name), self.config(name)
+        network: nn.Module = kind(kind.config_class(**config)) if name == "text_encoder" else kind.from_config(config)
         return network
 
     def release(self, name: str) -> None:
@@ -91,6 +88,8 @@ class CogVideoX:
     @cached_property
     def tokenizer(self) -> Any:
         """The tokenizer of the text encoder."""
+        with lean.imports("transformers"):
+            from transformers import AutoTokenizer
         return AutoTokenizer.from_pretrained(self.folder / "tokenizer", local_files_only=True)
 
     @cached_property
@@ -137,9 +136,8 @@ class CogVideoX:
 
     def notes(self, options: Any) -> list[str]:
         """What a user should hear before the clip is made: words that a small text encoder does not know."""
-        knows = text.known(self.tokenizer)
-        unknown = text.unknown(self.tokenizer, f"{options.prompt} {options.negative_prompt}")
-        if not knows or not unknown:
+        unknown, knows = text.unknown(self.folder / "tokenizer", f"{options.prompt} {options.negative_prompt}")
+        if not unknown:
             return []
         return [f"This checkpoint does not know: {', '.join(unknown)}. It knows: {', '.join(knows)}."]
 
@@ -293,9 +291,18 @@ class CogVideoX:
         return part
 
 
+def _class(name: str) -> Any:
+    """The class of a component. T5's is imported only here: a text that was embedded before does not need it."""
+    if name != "text_encoder":
+        return CLASSES[name]
+    from transformers import T5EncoderModel
+
+    return T5EncoderModel
+
+
 def _recompute(network: Any) -> None:
     """Turn gradient checkpointing on, in diffusers' words or in transformers'."""
-    if isinstance(network, T5EncoderModel):
-        network.gradient_checkpointing_enable({"use_reentrant": False})
-    else:
+    if hasattr(network, "enable_gradient_checkpointing"):
         network.enable_gradient_checkpointing()
+    else:
+        network.gradient_checkpointing_enable({"use_reentrant": False})

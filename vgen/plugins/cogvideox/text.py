@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+from tokenizers import Tokenizer
 from torch import Tensor
 
 
@@ -22,16 +24,18 @@ def embed(encoder: Any, tokenizer: Any, texts: list[str], length: int) -> Tensor
     return out
 
 
-def unknown(tokenizer: Any, text: str) -> list[str]:
-    """The words of a text that the tokenizer does not know; none for a tokenizer of pieces."""
-    if tokenizer.unk_token_id is None:
-        return []
-    return [
-        word for word in text.split() if tokenizer.unk_token_id in tokenizer(word, add_special_tokens=False).input_ids
-    ]
+def unknown(folder: Path, text: str, most: int = 200) -> tuple[list[str], list[str]]:
+    """The words of `text` that a tokenizer of at most so many words does not know, and all that it knows.
 
-
-def known(tokenizer: Any, most: int = 200) -> list[str]:
-    """All words of a tokenizer with a small vocabulary; empty for a large one."""
-    special = set(tokenizer.all_special_tokens)
-    return sorted(set(tokenizer.get_vocab()) - special) if len(tokenizer) <= most else []
+    Both are empty for larger tokenizers, which know every text by its pieces.
+    """
+    file = folder / "tokenizer.json"
+    if not file.is_file():
+        return [], []
+    tokenizer = Tokenizer.from_file(str(file))
+    special = {token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special}
+    known = sorted(set(tokenizer.get_vocab()) - special)
+    none = tokenizer.token_to_id(getattr(tokenizer.model, "unk_token", None) or "")
+    if len(known) > most or none is None:
+        return [], []
+    return [word for word in text.split() if none in tokenizer.encode(word, add_special_tokens=False).ids], known

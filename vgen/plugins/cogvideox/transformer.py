@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from functools import lru_cache
 from typing import Any
 
 import torch
-from diffusers.models.embeddings import get_3d_rotary_pos_embed
 from torch import Tensor, nn
 
-from vgen import diffusion
+from vgen import diffusion, lean
 from vgen.diffusion import Kind, Process
+
+with lean.imports():
+    from diffusers.models.embeddings import get_3d_rotary_pos_embed
 
 Embed = Callable[[list[str]], Tensor]
 
@@ -38,7 +41,8 @@ class Transformer:
         network, config = self.network, self.network.config
         self.timestep = int(t[0])
         ofs = given.new_full((1,), 2.0) if config.ofs_embed_dim else None
-        with network.cache_context("cond_uncond"):
+        # to enter it is to walk the whole network, and to import torch.compile's tracer: not for nothing
+        with network.cache_context("cond_uncond") if network.is_cache_enabled else nullcontext():
             out = network(
                 hidden_states=given,
                 encoder_hidden_states=cond["text"].to(network.dtype),
