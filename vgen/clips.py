@@ -72,7 +72,7 @@ class Loaded(NamedTuple):
 
 
 def discover(inputs: Sequence[str], captions: Path | None = None) -> list[Item]:
-    """The clips and images that files, folders, globs and 'world[-simple|-full]:COUNT[:SEED]' name, each once, in order.
+    """What files, folders, globs and 'world[-simple|-full]:COUNT[:SEED]' name: clips and images, each once, in order.
 
     Folders are searched to the bottom, sorted, without hidden files. Captions are the rows of the file `captions` (CSV
     or JSONL, columns `file` and `caption`, any number of rows for a file), else the lines of NAME.txt beside a clip.

@@ -82,7 +82,7 @@ def _nothing(options: Any, checkpoint: Checkpoint) -> None:
 
 @dataclass(frozen=True)
 class Family:
-    """The card of a family. `load` is "module:function", called as load(folder, checkpoint, options) -> Model."""
+    """The card of a family. `load` is "module:function", called as load(folder, checkpoint, machine) -> Model."""
 
     name: str
     summary: str
