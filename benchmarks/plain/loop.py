@@ -1,7 +1,7 @@
 """The sampling loop alone, of vgen or of the pipeline: its seconds and its memory as JSON, its latents as a file.
 
 python plain/loop.py vgen|diffusers FOLDER OUT.pt. Text is embedded and the network warm before the clock starts; memory
-is what the peak of resident memory rises by while the loop runs.
+is the peak of the process while the loop runs.
 """
 
 import json
@@ -63,10 +63,10 @@ def diffusers(folder: Path) -> Callable[[int | None], torch.Tensor]:
     return sample
 
 
-def memory(name: str) -> int:
-    """Resident memory of this process in KiB: VmRSS now, VmHWM at its peak."""
+def peak() -> int:
+    """The peak of this process's resident memory in KiB, since it was last cleared."""
     lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(name))
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
 
 
 def main() -> None:
@@ -75,9 +75,9 @@ def main() -> None:
     sample = {"vgen": vgen, "diffusers": diffusers}[side](Path(folder))
     sample(2)
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-    before, wall, cpu = memory("VmRSS"), time.perf_counter(), time.process_time()
+    wall, cpu = time.perf_counter(), time.process_time()
     latents = sample(None)
-    told = {"wall": time.perf_counter() - wall, "cpu": time.process_time() - cpu, "kib": memory("VmHWM") - before}
+    told = {"wall": time.perf_counter() - wall, "cpu": time.process_time() - cpu, "kib": peak()}
     torch.save(latents, out)
     print(json.dumps(told))
 

@@ -1,0 +1,1 @@
+"""What vgen is measured against, written as its users would write it."""
