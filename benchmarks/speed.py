@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -33,6 +32,7 @@ VGEN, CLI = str(BIN / "vgen"), str(BIN / "diffusers-cli")
 PROMPT = "a teddy bear skating"
 LEVELS = 2  # of 255: how far frames of two samplers may be apart
 LATENTS = 1e-4
+START, END = "<!-- results -->", "<!-- end -->"
 
 
 @dataclass(frozen=True)
@@ -219,6 +219,7 @@ def main() -> None:
     ask.add_argument("--checkpoint", default="demo", help="a checkpoint on this machine")
     ask.add_argument("--pairs", type=int, default=5)
     ask.add_argument("--clips", type=int, default=64, help="clips to encode")
+    ask.add_argument("--page", type=Path, help="put the table into this page, between its markers, too")
     ask.add_argument("--only", nargs="*", choices=("help", "sample", "loop", "encode"), help="some of them")
     given = ask.parse_args()
     only = given.only or ("help", "sample", "loop", "encode")
@@ -228,13 +229,12 @@ def main() -> None:
         for name in only:  # help first: a child's peak counts from what this process had when it started it
             rows += bench.encode(given.clips) if name == "encode" else getattr(bench, name)()
     load = ", ".join(f"{x:.1f}" for x in os.getloadavg())
-    print(f"{os.cpu_count()} cores, load {load}, {given.pairs} pairs, own peak {peak():.0f} MiB\n\n{HEAD}")
-    print("\n".join(row.line() for row in rows))
-
-
-def peak() -> float:
-    """The peak of this process's own memory in MiB, below which no child's is known."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    about = f"{os.cpu_count()} cores, load {load}, {given.pairs} pairs, checkpoint {given.checkpoint}."
+    text = "\n".join([about, "", HEAD, *(row.line() for row in rows)])
+    print(text)
+    if given.page:
+        before, _, rest = given.page.read_text().partition(START)
+        given.page.write_text(f"{before}{START}\n{text}\n{END}{rest.partition(END)[2]}")
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from vgen import options
 from vgen.commands.surface import sections
+from vgen.cache import missing
 from vgen.family import Checkpoint, Family, Rule, family
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -100,7 +101,7 @@ def _rule(rule: Rule) -> str:
 def _checkpoints(card: Family) -> Iterator[tuple[str, Checkpoint]]:
     for one in card.checkpoints:
         yield f"{card.name}.{one.tag}", one
-    if card.demo and card.describe:
+    if card.demo and card.describe and not missing(card.demo):
         yield "demo", card.describe(card.demo)
 
 

@@ -16,7 +16,7 @@ from torch import nn
 
 from vgen.cache import read_json
 from vgen.errors import VgenError
-from vgen.files import explained, replacing, sync_folder
+from vgen.files import explained, replacing, sweep, sync_folder
 
 MANIFEST = "vgen.json"
 LEFT_OUT = ("training", ".cache", ".git")
@@ -34,6 +34,7 @@ def export(
     """
     with explained(f"write the checkpoint {folder}"):
         folder.mkdir(parents=True, exist_ok=True)
+        sweep(folder)
         _copy_missing(base, folder, set(networks))
         for name, network in networks.items():
             _save(network, _temporary(folder / name), dtype)
