@@ -15,8 +15,8 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from vgen import options
-from vgen.commands.surface import sections
 from vgen.cache import missing
+from vgen.commands.surface import sections
 from vgen.family import Checkpoint, Family, Rule, family
 
 ROOT = Path(__file__).resolve().parent.parent
