@@ -8,18 +8,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vgen import convolution
+
 OVERLAP = 0.25  # of tiles, as a share of their side
 
 
 def encode(vae: Any, pixels: Tensor) -> dict[str, Tensor]:
     """Pixels (B, 3, T, H, W) in [-1, 1] to the posterior's mean and logvar (B, C, T', H', W'), unscaled."""
-    posterior = vae.encode(pixels.to(vae.dtype)).latent_dist
+    with convolution.quick():
+        posterior = vae.encode(pixels.to(vae.dtype)).latent_dist
     return {"mean": posterior.mean, "logvar": posterior.logvar}
 
 
 def decode(vae: Any, latents: Tensor) -> Tensor:
     """Unscaled latents (B, C, T', H', W') to pixels (B, 3, T, H, W)."""
-    pixels: Tensor = vae.decode(latents.to(vae.dtype)).sample
+    with convolution.quick():
+        pixels: Tensor = vae.decode(latents.to(vae.dtype)).sample
     return pixels
 
 

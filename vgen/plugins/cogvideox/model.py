@@ -115,8 +115,8 @@ class CogVideoX:
 
         The text encoder leaves memory after the last.
         """
-        for one in texts:
-            yield {"text": self._embedding(one)}
+        for one in texts:  # every store holds the empty text: for that alone the encoder need not load
+            yield {"text": self._embedding(one) if one else self._cached(one)}
         self.release("text_encoder")
 
     def _embedding(self, one: str) -> Tensor:
@@ -143,14 +143,18 @@ class CogVideoX:
 
     def cached_text(self, texts: Sequence[str]) -> dict[str, Tensor]:
         """The embedding (L, D) of each text, from the disk where it is there; the encoder loads only for the others."""
+        found = {one: self._cached(one) for one in texts}
+        self.release("text_encoder")
+        return found
+
+    def _cached(self, one: str) -> Tensor:
         precision = str(self.machine.dtype).removeprefix("torch.")
         cache = Embeddings(None, f"{self.text_space}:{precision}")
-        found = {one: cache.get(one) for one in texts}
-        missing = [one for one, tensors in found.items() if tensors is None]
-        for one, tensors in zip(missing, self.embed(missing), strict=True):
-            cache.put(one, tensors)
-            found[one] = tensors
-        return {one: tensors["text"] for one, tensors in found.items() if tensors is not None}
+        found = cache.get(one)
+        if found is None:
+            found = {"text": self._embedding(one)}
+            cache.put(one, found)
+        return found["text"]
 
     def ready_to_encode(self) -> None:
         """Load the autoencoder."""
