@@ -8,6 +8,8 @@ from collections.abc import Iterator
 
 import pytest
 
+# One thread: the tests fork, and a pool of threads does not survive that; busy machines are faster so, too.
+os.environ["OMP_NUM_THREADS"] = "1"
 # A run started in the background may ignore Ctrl-C, and its children with it; these tests send it to them.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 

@@ -1,7 +1,7 @@
 """The sampling loop alone, of vgen or of the pipeline: its seconds and its memory as JSON, its latents as a file.
 
 python plain/loop.py vgen|diffusers FOLDER OUT.pt. Text is embedded and the network warm before the clock starts; memory
-is the peak of the process while the loop runs.
+is the peak of the process, its imports included, while the loop runs.
 """
 
 import json
@@ -17,11 +17,12 @@ PROMPT = "a teddy bear skating"
 
 def vgen(folder: Path) -> Callable[[int | None], torch.Tensor]:
     """A function that samples in so many steps; all of the checkpoint's when None."""
-    from vgen import registry
+    from vgen import lean, registry
     from vgen.family import family, resolve
     from vgen.generate import generate
     from vgen.machine import machine
 
+    lean.leave_out()  # as the command does
     card = family("cogvideox")
     found = registry.resolve(card, str(folder), accelerator=False)
     model = card.loader()(folder, found.checkpoint, machine("cpu", "fp32"))
