@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 from plain.bare import source
 
@@ -165,14 +166,18 @@ class Bench:
     def loop(self) -> Iterator[Row]:
         """(c) The sampling loop alone."""
 
-        def side(name: str) -> Took:
+        def say(*words: object) -> Any:
             env = {**os.environ, "VGEN_HOME": str(self.home), "HF_HUB_OFFLINE": "1"}
-            words = [sys.executable, HERE / "plain" / "loop.py", name, self.folder, self.work / f"{name}.pt"]
-            done = subprocess.run(words, env=env, capture_output=True, text=True, check=True)
-            told = json.loads(done.stdout.splitlines()[-1])
-            return Took(told["wall"], told["cpu"], told["kib"] / 1024)
+            program = [sys.executable, str(HERE / "plain" / "loop.py"), *map(str, words)]
+            done = subprocess.run(program, env=env, capture_output=True, text=True, check=True)
+            return json.loads(done.stdout.splitlines()[-1])
 
-        yield self.row("sampling loop", lambda: side("vgen"), lambda: side("diffusers"), 0.98)
+        print("sampling loop ...", file=sys.stderr, flush=True)
+        sides = ("vgen", "diffusers")
+        mib = {name: say(name, self.folder, self.work / f"{name}.pt")["kib"] / 1024 for name in sides}
+        turns = say("pairs", self.folder, 2 * self.pairs + 1)
+        ours, others = ([Took(*turn[name], mib[name]) for turn in turns] for name in sides)
+        yield Row("sampling loop", ours, others, 0.98)
         compare = "import sys, torch; a, b = map(torch.load, sys.argv[1:]); print((a - b).abs().max().item())"
         files = [self.work / "vgen.pt", self.work / "diffusers.pt"]
         apart = subprocess.run([sys.executable, "-c", compare, *files], capture_output=True, text=True, check=True)
@@ -229,7 +234,7 @@ def main() -> None:
         for name in only:  # help first: a child's peak counts from what this process had when it started it
             rows += bench.encode(given.clips) if name == "encode" else getattr(bench, name)()
     load = ", ".join(f"{x:.1f}" for x in os.getloadavg())
-    about = f"{os.cpu_count()} cores, load {load}, {given.pairs} pairs, checkpoint {given.checkpoint}."
+    about = f"{os.cpu_count()} cores, load {load}, {given.pairs} pairs, checkpoint {Path(given.checkpoint).name}."
     text = "\n".join([about, "", HEAD, *(row.line() for row in rows)])
     print(text)
     if given.page:

@@ -1,7 +1,7 @@
-"""The sampling loop alone, of vgen or of the pipeline: its seconds and its memory as JSON, its latents as a file.
+"""The sampling loop alone, of vgen and of the pipeline; text is embedded and the network warm before a clock starts.
 
-python plain/loop.py vgen|diffusers FOLDER OUT.pt. Text is embedded and the network warm before the clock starts; memory
-is the peak of the process, its imports included, while the loop runs.
+python plain/loop.py vgen|diffusers FOLDER OUT.pt gives the peak memory of a process with one of them, its imports
+included, and writes the latents; python plain/loop.py pairs FOLDER N gives the seconds of both, in turn in one process.
 """
 
 import json
@@ -70,16 +70,36 @@ def peak() -> int:
     return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
 
 
-def main() -> None:
-    """Warm up, measure, print."""
-    side, folder, out = sys.argv[1:]
-    sample = {"vgen": vgen, "diffusers": diffusers}[side](Path(folder))
+def alone(side: str, folder: Path, out: str) -> dict[str, int]:
+    """One of the two in a process of its own."""
+    sample = SIDES[side](folder)
     sample(2)
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-    wall, cpu = time.perf_counter(), time.process_time()
-    latents = sample(None)
-    told = {"wall": time.perf_counter() - wall, "cpu": time.process_time() - cpu, "kib": peak()}
-    torch.save(latents, out)
+    torch.save(sample(None), out)
+    return {"kib": peak()}
+
+
+def in_turn(folder: Path, pairs: int) -> list[dict[str, tuple[float, float]]]:
+    """Wall and CPU seconds of both, the one or the other first."""
+    both = {name: SIDES[name](folder) for name in ("diffusers", "vgen")}
+    told = []
+    for i in range(-1, pairs):
+        seconds = {}
+        for name in sorted(both, reverse=i % 2 == 0):
+            wall, cpu = time.perf_counter(), time.process_time()
+            both[name](None if i >= 0 else 2)
+            seconds[name] = time.perf_counter() - wall, time.process_time() - cpu
+        told.append(seconds)
+    return told[1:]
+
+
+SIDES = {"vgen": vgen, "diffusers": diffusers}
+
+
+def main() -> None:
+    """Measure, print JSON."""
+    what, folder, last = sys.argv[1:]
+    told = in_turn(Path(folder), int(last)) if what == "pairs" else alone(what, Path(folder), last)
     print(json.dumps(told))
 
 

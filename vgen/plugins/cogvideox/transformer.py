@@ -37,15 +37,16 @@ class Transformer:
     def predict(self, x: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
         """v of noisy latents x (B, C, T, H, W) at times t (B,). `cond`: text (B, L, D), perhaps image, shaped as x."""
         given = torch.cat([x, cond["image"]], 1) if "image" in cond else x
-        given = given.transpose(1, 2).to(self.network.dtype)
         network, config = self.network, self.network.config
+        dtype = network.patch_embed.proj.weight.dtype  # network.dtype walks through all of it to find out
+        given = given.transpose(1, 2).to(dtype)
         self.timestep = int(t[0])
         ofs = given.new_full((1,), 2.0) if config.ofs_embed_dim else None
         # to enter it is to walk the whole network, and to import torch.compile's tracer: not for nothing
         with network.cache_context("cond_uncond") if network.is_cache_enabled else nullcontext():
             out = network(
                 hidden_states=given,
-                encoder_hidden_states=cond["text"].to(network.dtype),
+                encoder_hidden_states=cond["text"].to(dtype),
                 timestep=t,
                 ofs=ofs,
                 image_rotary_emb=self._rotary(x.shape[2:], x.device),
