@@ -147,7 +147,7 @@ def test_attention_sees_relative_positions_only(tiny_model: CogVideoX) -> None:
 
 def test_text_tokens_have_no_positions(tiny_model: CogVideoX, monkeypatch: pytest.MonkeyPatch) -> None:
     """A rotary table turns the queries and keys of pictures, and leaves those of text."""
-    attention = tiny_model.network("transformer").transformer_blocks[0].attn1
+    attention = tiny_model.networks.get("transformer").transformer_blocks[0].attn1
     text, pictures, rotary = torch.randn(1, 8, 32), torch.randn(1, 16, 32), torch.randn(2, 16, 16)
     seen: list[Tensor] = []
     product = functional.scaled_dot_product_attention
@@ -165,7 +165,7 @@ def test_text_tokens_have_no_positions(tiny_model: CogVideoX, monkeypatch: pytes
 
 
 def test_the_expert_norm_of_text_touches_text_only(tiny_model: CogVideoX) -> None:
-    norm = tiny_model.network("transformer").transformer_blocks[0].norm1
+    norm = tiny_model.networks.get("transformer").transformer_blocks[0].norm1
     pictures, text, time = torch.randn(1, 16, 32), torch.randn(1, 8, 32), torch.randn(1, 16)
     before = norm(pictures, text, time)
     kept = {name: p.clone() for name, p in norm.linear.named_parameters()}

@@ -168,7 +168,7 @@ def test_texts_are_embedded_once_and_the_empty_one_too(folder: Path, tmp_path: P
     assert {text for text in texts if made.has_text(text)} == texts
     assert len(list((tmp_path / "s" / "texts").rglob("*.safetensors"))) == len(texts)
     assert made.text("")["text"].shape == (8, 16)
-    assert not model._loaded  # the encoder has left
+    assert not model.networks.loaded  # the encoder has left
     model._pretrained = pytest.fail  # type: ignore[assignment, method-assign]
     embed_captions(model, made, items, ignore)
 
@@ -186,7 +186,7 @@ def test_the_store_of_another_autoencoder_is_refused(model: CogVideoX, tmp_path:
 def test_latents_that_are_not_finite_stop_the_run(folder: Path, tmp_path: Path) -> None:
     model = tiny.model(folder)
     with torch.no_grad():
-        model.network("vae").encoder.conv_in.conv.weight.fill_(torch.nan)
+        model.networks.get("vae").encoder.conv_in.conv.weight.fill_(torch.nan)
     with pytest.raises(VgenError, match="NaN or infinity"):
         run(model, tmp_path / "s", ["world:2"])
     assert len(Store.open(tmp_path / "s")) == 0

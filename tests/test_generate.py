@@ -40,7 +40,7 @@ def make(model: CogVideoX, **flags: Any) -> Tensor:
 
 
 def loaded(model: CogVideoX) -> set[str]:
-    return set(model._loaded)
+    return set(model.networks.loaded)
 
 
 @pytest.mark.parametrize("sampler", ["ddim", "dpm"])
@@ -177,9 +177,9 @@ def test_an_embedding_does_not_depend_on_its_company(model: CogVideoX) -> None:
 
 def test_another_encoder_has_another_cache(folder: Path, tmp_path: Path) -> None:
     other = tiny.model(tiny.checkpoint(tmp_path / "c", "5b", seed=1))
-    mine = tiny.model(folder).cached_text(["a red ball"])["a red ball"]
-    assert not torch.equal(other.cached_text(["a red ball"])["a red ball"], mine)
-    half = tiny.model(folder, Machine(torch.device("cpu"), torch.bfloat16)).cached_text(["a red ball"])
+    mine = tiny.model(folder).texts.cached(["a red ball"])["a red ball"]
+    assert not torch.equal(other.texts.cached(["a red ball"])["a red ball"], mine)
+    half = tiny.model(folder, Machine(torch.device("cpu"), torch.bfloat16)).texts.cached(["a red ball"])
     assert half["a red ball"].dtype == torch.bfloat16
 
 
@@ -223,7 +223,7 @@ def test_offloading_takes_every_network_off_the_device(folder: Path) -> None:
     """Seen by its moves, since the device here is the CPU too."""
     model = tiny.model(folder, Machine(torch.device("cpu"), torch.float32, offload=True))
     there: list[str] = []
-    network = model.network("transformer")
+    network = model.networks.get("transformer")
     before = network.to
     network.to = lambda *place: there.append(str(place[0])) or before(*place)
     assert torch.equal(make(model), make(tiny.model(folder)))
@@ -249,7 +249,7 @@ def test_compile_is_asked_for(folder: Path) -> None:
 def test_half_precision(folder: Path, dtype: torch.dtype) -> None:
     model = tiny.model(folder, Machine(torch.device("cpu"), dtype))
     made = make(model)
-    assert {p.dtype for p in model.network("transformer").parameters()} == {dtype}
+    assert {p.dtype for p in model.networks.get("transformer").parameters()} == {dtype}
     assert made.isfinite().all()
     assert decode(model, {"latents": made})[0].shape == (9, 32, 32, 3)
 
@@ -268,7 +268,7 @@ def test_weights_that_do_not_fit_are_refused(folder: Path, tmp_path: Path) -> No
         weights.pop(sorted(weights)[3])
         save_file(weights, path, {"format": "pt"})
         with pytest.raises(VgenError, match=f"'{name}'"):
-            tiny.model(other).network(name)
+            tiny.model(other).networks.get(name)
         path.write_bytes(path.read_bytes()[:2000])
         with pytest.raises(VgenError, match=f"'{name}'"):
-            tiny.model(other).network(name)
+            tiny.model(other).networks.get(name)

@@ -31,7 +31,7 @@ from vgen.machine import machine
 assert not {"peft", "bitsandbytes", "transformers", "torch._dynamo"} & set(sys.modules)
 
 folder = Path(sys.argv[1])
-network = load(folder, describe(folder), machine("cpu", "fp32")).network("transformer")
+network = load(folder, describe(folder), machine("cpu", "fp32")).networks.get("transformer")
 import peft, transformers
 adapted = peft.inject_adapter_in_model(peft.LoraConfig(r=2, target_modules=["to_q"]), network)
 assert any("lora_A" in name for name, _ in adapted.named_parameters())

@@ -274,7 +274,7 @@ def test_the_demo_knows_the_words_of_the_world(small: Path) -> None:
     captions = [prompt.text for prompt in world.prompts(200)]
     made = model(small)
     assert made.notes(asked(small, prompt=" ".join(captions))) == []
-    assert max(len(made.tokenizer(text).input_ids) for text in captions) <= 16
+    assert max(len(made.networks.tokenizer(text).input_ids) for text in captions) <= 16
     (note,) = made.notes(asked(small, prompt="a red zebra", negative_prompt="fog"))
     assert note.startswith("This checkpoint does not know: zebra, fog. It knows: a, ")
 
@@ -288,7 +288,9 @@ def tuned(folder: Path, output: Path, **flags: Any) -> StableDiffusion:
 
 def changed(before: StableDiffusion, after: StableDiffusion) -> set[str]:
     """The networks whose weights differ."""
-    pairs = {name: [m.network(name).state_dict() for m in (before, after)] for name in ("unet", "vae", "text_encoder")}
+    pairs = {
+        name: [m.networks.get(name).state_dict() for m in (before, after)] for name in ("unet", "vae", "text_encoder")
+    }
     return {name for name, (a, b) in pairs.items() if any(not torch.equal(a[key], b[key]) for key in a)}
 
 

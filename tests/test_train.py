@@ -355,7 +355,7 @@ def test_the_autoencoder_measures_its_scale(folder: Path, tmp_path: Path) -> Non
 
 def test_sharded_weights_give_way_to_one_file(tmp_path: Path) -> None:
     base, out = tiny.checkpoint(tmp_path / "c", "5b"), tmp_path / "out"
-    network = tiny.model(base).network("transformer")
+    network = tiny.model(base).networks.get("transformer")
     network.save_pretrained(out / "transformer", max_shard_size="40KB")
     assert len(list((out / "transformer").iterdir())) > 3
     (base / "vgen.json").write_text('{"license": "mit", "files": {"vae/config.json": "sha256:0"}}')
@@ -367,11 +367,11 @@ def test_sharded_weights_give_way_to_one_file(tmp_path: Path) -> None:
 
 
 def make_first(folder: Path) -> Tensor:
-    return next(iter(tiny.model(folder).network("transformer").state_dict().values()))
+    return next(iter(tiny.model(folder).networks.get("transformer").state_dict().values()))
 
 
 def export_for_ever(base: Path, out: Path, ready: Any) -> None:
-    network = tiny.model(base).network("transformer")
+    network = tiny.model(base).networks.get("transformer")
     ready.set()
     for k in itertools.count():
         for p in network.parameters():
@@ -392,8 +392,8 @@ def test_a_kill_during_export_leaves_a_whole_checkpoint(folder: Path, tmp_path: 
         network = diffusers.CogVideoXTransformer3DModel.from_pretrained(out / "transformer")
         first = next(iter(network.parameters())).flatten()[0]
         assert all(bool((p == first).all()) for p in network.parameters())
-        assert tiny.model(out).network("vae") is not None
-    export(folder, {"transformer": tiny.model(folder).network("transformer")}, out, {}, torch.float32)
+        assert tiny.model(out).networks.get("vae") is not None
+    export(folder, {"transformer": tiny.model(folder).networks.get("transformer")}, out, {}, torch.float32)
     assert not list(out.glob(".*"))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -55,3 +55,11 @@ class Embeddings:
         except Damaged:
             delete(self.path(text))
             return None
+
+    def fetch(self, text: str, make: Callable[[str], dict[str, Tensor]]) -> dict[str, Tensor]:
+        """The embedding of a text from the disk; where it is not there, `make` makes it, and it is kept."""
+        found = self.get(text)
+        if found is None:
+            found = make(text)
+            self.put(text, found)
+        return found
