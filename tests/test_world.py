@@ -12,6 +12,7 @@ from torch import Tensor
 from vgen import world
 from vgen.errors import UsageError
 from vgen.world_check import NONE, Reading, read, score
+from vgen.world_draw import BROWN
 
 SEED = 20_000  # no training recipe uses it
 ATTRIBUTES = ("colour", "object", "motion", "background", "camera")
@@ -248,7 +249,7 @@ def test_a_shape_that_changes_from_frame_to_frame_is_no_object():
 def test_a_bear_is_brown_and_has_a_belly():
     pixels, cover = world.render(one("teddy bear", "rising"))
     assert read(pixels).object == "teddy bear"
-    for rgb in (world.BROWN, world.COLOURS["red"]):
+    for rgb in (BROWN, world.COLOURS["red"]):
         flat = (torch.tensor(rgb) / 127.5 - 1).view(3, 1, 1, 1)
         assert read(torch.lerp(pixels, flat.expand_as(pixels), cover.expand_as(pixels))).object == NONE
 
@@ -271,3 +272,19 @@ def test_only_stated_attributes_are_scored():
     assert score({}, reading) == {}
     for prompt in world.prompts(20, SEED, variety="full"):
         assert all(score(prompt.stated, read(world.render(prompt.scene)[0])).values()), prompt.text
+
+
+def test_stripes_are_read_and_nothing_else_is_striped():
+    for variety, look in (("striped", "striped"), ("simple", "plain"), ("full", "plain")):
+        readings = [read(pixels) for pixels, _ in shown(60, SEED, variety)]  # type: ignore[arg-type]
+        assert Counter(r.look for r in readings) == {look: 60}
+    pixels, drawn = shown(1, SEED, "striped")[0]
+    assert drawn.striped
+    assert not torch.equal(pixels, world.render(replace(drawn, striped=False))[0])
+    assert read(torch.randn(3, 9, 64, 64).clamp(-1, 1)).look == NONE
+
+
+def test_striped_clips_are_read_like_plain_ones():
+    clips = shown(120, SEED, "striped")
+    shares = right([read(pixels) for pixels, _ in clips], [drawn for _, drawn in clips])
+    assert min(shares.values()) >= 0.99, shares

@@ -28,7 +28,7 @@ VIDEOS = {".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi", ".ts", ".mts", ".m2ts
 VIDEOS |= {".flv", ".wmv", ".3gp", ".ogv", ".gif"}
 IMAGES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 WORLD_FPS = Fraction(8)
-_WORLD = re.compile(r"world(-simple|-full)?:(\d+)(?::(\d+))?")
+_WORLD = re.compile(r"world(-simple|-striped|-full)?:(\d+)(?::(\d+))?")
 
 Size = tuple[int, int, int]  # frames, height, width
 
@@ -72,7 +72,7 @@ class Loaded(NamedTuple):
 
 
 def discover(inputs: Sequence[str], captions: Path | None = None) -> list[Item]:
-    """What files, folders, globs and 'world[-simple|-full]:COUNT[:SEED]' name: clips and images, each once, in order.
+    """What files, folders, globs and 'world[-VARIETY]:COUNT[:SEED]' name: clips and images, each once, in order.
 
     Folders are searched to the bottom, sorted, without hidden files. Captions are the rows of the file `captions` (CSV
     or JSONL, columns `file` and `caption`, any number of rows for a file), else the lines of NAME.txt beside a clip.

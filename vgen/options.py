@@ -126,6 +126,7 @@ class TrainOptions(RunOptions):
     max_train_steps: int = opt(1000, help="Optimizer steps.", low=1)
     train_batch_size: int = opt(1, help="Clips in one forward pass.", low=1)
     gradient_accumulation_steps: int = opt(1, help="Forward passes in one step.", low=1)
+    optimizer: Literal["adamw", "muon"] = opt("adamw", help="What makes steps of gradients.")
     learning_rate: float = opt(1e-4, help="Peak learning rate.", low=0.0)
     lr_scheduler: Literal["constant", "cosine", "linear"] = opt("cosine", help="Shape of the learning rate.")
     lr_warmup_steps: int = opt(0, help="Steps over which it rises.", low=0)

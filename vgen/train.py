@@ -21,6 +21,7 @@ from vgen.errors import UsageError, VgenError
 from vgen.files import replacing
 from vgen.machine import DTYPES, Machine, seeded
 from vgen.model import OnStep, Part
+from vgen.optimizers import optimizers
 from vgen.options import TrainOptions
 from vgen.tensorfile import load_tensors, save_tensors
 
@@ -98,16 +99,18 @@ def _step(
             loss = part.loss(batch, noise) / micro
         total += _finite("loss", loss.item(), step, names)
         state.scaler.scale(loss).backward()
-    state.scaler.unscale_(state.optimizer)
+    for optimizer in state.optimizers:
+        state.scaler.unscale_(optimizer)
     norm = torch.nn.utils.clip_grad_norm_(state.trained.values(), options.max_grad_norm or math.inf).item()
     if not state.scaler.is_enabled():  # the scaler leaves out a step that overflowed, and lowers its scale
         _finite("norm of the gradients", norm, step, names)
     rate = learning_rate(options, step)
-    for group in state.optimizer.param_groups:
-        group["lr"] = rate
-    state.scaler.step(state.optimizer)
+    for optimizer in state.optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        state.scaler.step(optimizer)
+        optimizer.zero_grad(set_to_none=True)
     state.scaler.update()
-    state.optimizer.zero_grad(set_to_none=True)
     return {"step": step + 1, "loss": total, "grad_norm": norm, "learning_rate": rate}
 
 
@@ -141,7 +144,7 @@ class _State:
 
     modules: nn.ModuleDict
     trained: dict[str, nn.Parameter]
-    optimizer: torch.optim.Optimizer
+    optimizers: list[torch.optim.Optimizer]
     scaler: torch.amp.GradScaler
     ema: dict[str, Tensor]
     own: Mapping[str, Tensor]
@@ -151,17 +154,14 @@ class _State:
         """The state before the first step, on the device."""
         modules = nn.ModuleDict(dict(part.modules)).to(machine.device)
         trained = {name: p for name, p in modules.named_parameters() if p.requires_grad}
-        optimizer = torch.optim.AdamW(
-            trained.values(),
-            lr=options.learning_rate,
-            betas=(options.adam_beta1, options.adam_beta2),
-            eps=options.adam_epsilon,
-            weight_decay=options.adam_weight_decay,
-            fused=machine.device.type in ("cpu", "cuda", "mps"),
-        )
         scaler = torch.amp.GradScaler(machine.device.type, enabled=options.mixed_precision == "fp16")
         ema = {n: p.detach().clone() for n, p in trained.items()} if options.ema_decay else {}
-        return cls(modules, trained, optimizer, scaler, ema, getattr(part, "state", {}))
+        return cls(
+            modules, trained, optimizers(trained, options, machine.device), scaler, ema, getattr(part, "state", {})
+        )
+
+    def _owner(self, p: nn.Parameter) -> torch.optim.Optimizer:
+        return next(o for o in self.optimizers if any(p is q for group in o.param_groups for q in group["params"]))
 
     @torch.no_grad()
     def average(self, decay: float, step: int) -> None:
@@ -187,7 +187,7 @@ class _State:
         tensors = {f"weights/{n}": t for n, t in self.modules.state_dict().items()}
         tensors |= {f"ema/{n}": t for n, t in self.ema.items()} | {f"own/{n}": t for n, t in self.own.items()}
         for name, p in self.trained.items():
-            tensors |= {f"adamw/{name}/{k}": t for k, t in self.optimizer.state[p].items()}
+            tensors |= {f"optimizer/{name}/{k}": t for k, t in self._owner(p).state[p].items()}
         told = {"format": "vgen-training/1", "step": step, "seed": seed, "scaler": self.scaler.state_dict()}
         save_tensors(path, tensors, told)
 
@@ -199,7 +199,7 @@ class _State:
         if record.get("seed", seed) != seed:
             do = f"Resume with --seed {record['seed']}: it decides the order of the data."
             raise UsageError(f"{path} is of a run with another seed.", do)
-        held: dict[str, dict[str, Tensor]] = {"weights": {}, "ema": {}, "own": {}, "adamw": {}}
+        held: dict[str, dict[str, Tensor]] = {"weights": {}, "ema": {}, "own": {}, "optimizer": {}}
         for name, tensor in tensors.items():
             kind, _, rest = name.partition("/")
             held[kind][rest] = tensor
@@ -215,8 +215,8 @@ class _State:
                 mine[name].copy_(held[kind][name])
         for name, p in self.trained.items():
             prefix = f"{name}/"
-            its = {n.removeprefix(prefix): t for n, t in held["adamw"].items() if n.startswith(prefix)}
-            self.optimizer.state[p] = {n: t.to(p.device) for n, t in its.items()}
+            its = {n.removeprefix(prefix): t for n, t in held["optimizer"].items() if n.startswith(prefix)}
+            self._owner(p).state[p] = {n: t.to(p.device) for n, t in its.items()}
         if self.scaler.is_enabled() and record.get("scaler"):
             self.scaler.load_state_dict(record["scaler"])
         return int(record["step"])

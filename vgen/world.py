@@ -13,18 +13,16 @@ from __future__ import annotations
 import math
 import random
 from dataclasses import dataclass, replace
-from functools import reduce
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from vgen.errors import UsageError, did_you_mean
+from vgen.world_draw import BROWN, RGB, backdrop, ellipse, paint
 
-Variety = Literal["simple", "plain", "full"]
+Variety = Literal["simple", "striped", "plain", "full"]
 Split = Literal["train", "held-out"]
-RGB = tuple[int, int, int]
-
 COLOURS: dict[str, RGB] = {
     "red": (222, 40, 44),
     "green": (44, 178, 70),
@@ -32,7 +30,6 @@ COLOURS: dict[str, RGB] = {
     "yellow": (248, 208, 40),
     "purple": (168, 56, 200),
 }
-BROWN: RGB = (150, 92, 48)  # the teddy bear, and nothing else
 OBJECTS = ("ball", "box", "triangle", "star", "teddy bear")
 PLAIN = ("standing still", "moving left", "moving right", "rising", "falling", "growing", "shrinking", "skating")
 FULL = (*PLAIN, "bouncing", "spinning")  # the motions of each variety
@@ -47,10 +44,8 @@ PAN = 0.22  # how far the camera travels
 SPIN = math.pi  # how far a spinning object turns
 SWAY = 0.2  # how far a skating bear leans to either side, in radians
 SWAYS = 1.5  # how often it does so
-HORIZON = -0.04  # where the ice begins
 REACH = 1.28  # the farthest point of any object, with a margin, in units of half its size
 
-CREAM, INK, STEEL = (238, 208, 160), (38, 26, 22), (70, 74, 86)
 DIRECTIONS = {"moving left": (-1, 0), "moving right": (1, 0), "rising": (0, -1), "falling": (0, 1), "skating": (1, 0)}
 PATHS = {"pan left": (-1, 0), "pan right": (1, 0), "tilt up": (0, -1), "tilt down": (0, 1)}
 TEMPLATES = (
@@ -79,6 +74,7 @@ class Scene:
     travel: float  # how far it moves, or hops
     phase: float  # 0 to 1: of the sway, the hop and the texture
     tone: float  # -1 to 1: how light the background is among its kind
+    striped: bool = False
 
 
 @dataclass(frozen=True)
@@ -150,27 +146,29 @@ def scene(seed: int, index: int, *, variety: Variety = "plain", split: Split = "
     elif motion in ("growing", "shrinking"):
         size *= 0.88
     phase, tone = rng.random(), rng.uniform(-1, 1)
-    if variety == "simple":
+    simple = variety in ("simple", "striped")
+    if simple:
         size, travel, phase = 0.5 * (0.88 if motion in ("growing", "shrinking") else 1.0), 0.375, 0.0
-    draft = Scene(colour, thing, motion, background, camera, 0.0, 0.0, size, travel, phase, tone)
-    x, y = _room(draft, rng.random(), rng.random(), 1 / 8 if variety == "simple" else 0.0)
+    draft = Scene(colour, thing, motion, background, camera, 0.0, 0.0, size, travel, phase, tone, variety == "striped")
+    x, y = _room(draft, rng.random(), rng.random(), 1 / 8 if simple else 0.0)
     return replace(draft, x=x, y=y)
 
 
 def _room(draft: Scene, across: float, down: float, grid: float) -> tuple[float, float]:
     """A start from which the whole way stays inside the frame; `across` and `down`, 0 to 1, choose among them.
 
-    With a `grid` it is the middle of them, or so far beside it where there is room.
+    With a `grid` the way is the middle one, or lies so far beside it where there is room.
     """
     u = torch.linspace(0, 1, 17)
     x, y, size, _ = path(draft, u)
     zoom, _, _ = camera_path(draft.camera, u)
     free = (0.5 - size / 2 * REACH).clamp(min=0)
+    aside = 1 if DIRECTIONS.get(draft.motion, (0, 1))[1] == 0 else 0
     spots = []
-    for way, chosen in ((x, across), (y, down)):
+    for axis, (way, chosen) in enumerate(((x, across), (y, down))):
         low, high = ((-free - way) / zoom).max().item(), ((free - way) / zoom).min().item()
         middle = (low + high) / 2
-        spot = middle + (int(chosen * 3) - 1) * grid if grid else low + chosen * (high - low)
+        spot = middle + (int(chosen * 3) - 1) * grid * (axis == aside) if grid else low + chosen * (high - low)
         spots.append(spot if low <= spot <= high else middle)
     if draft.motion == "skating":
         spots[1] = 0.1 if grid else 0.06 + 0.08 * down  # feet on the ice
@@ -206,108 +204,6 @@ def _stride(scene: Scene, u: Tensor) -> Tensor:
     return (2 * math.pi * (SWAYS * u + scene.phase)).sin()
 
 
-def _rgb(colour: RGB) -> Tensor:
-    return torch.tensor(colour, dtype=torch.float32).view(3, 1, 1, 1) / 255
-
-
-def _ellipse(x: Tensor, y: Tensor, cx: float | Tensor, cy: float | Tensor, rx: float, ry: float) -> Tensor:
-    """Signed distance to an ellipse, negative inside; exact only for circles, near enough at the edge."""
-    return (((x - cx) / rx).square() + ((y - cy) / ry).square()).sqrt().sub(1).mul(min(rx, ry))
-
-
-def _union(*shapes: Tensor) -> Tensor:
-    return reduce(torch.minimum, shapes)
-
-
-def _star(x: Tensor, y: Tensor, outer: float = 1.18, inner: float = 0.6) -> Tensor:
-    """Signed distance to the edges of a five-pointed star, folded into one half of one point."""
-    step = math.pi / 5
-    angle = ((torch.atan2(x, -y) + step).remainder(2 * step) - step).abs()
-    far = x.hypot(y)
-    ex, ey = inner * math.cos(step) - outer, inner * math.sin(step)
-    length = math.hypot(ex, ey)
-    return ((far * angle.cos() - outer) * ey - far * angle.sin() * ex) / length
-
-
-def _outline(thing: str, x: Tensor, y: Tensor) -> Tensor:
-    """Signed distance to an object of radius about 1 at the origin, upright."""
-    if thing == "ball":
-        return x.hypot(y) - 1
-    if thing == "box":
-        return torch.maximum(x.abs(), y.abs()) - 0.86
-    if thing == "triangle":
-        return torch.maximum(y, math.sqrt(0.75) * x.abs() - 0.5 * y) - 0.6
-    return _star(x, y)
-
-
-def _bear(x: Tensor, y: Tensor, stride: Tensor | None) -> list[tuple[Tensor, RGB]]:
-    """The layers of the teddy bear from the back to the front: signed distance and colour.
-
-    `stride` (T, 1, 1) moves its legs and puts skates under them; None lets it stand.
-    """
-    side = x.abs()
-    layers: list[tuple[Tensor, RGB]] = []
-    if stride is None:
-        legs = _ellipse(side, y, 0.34, 0.86, 0.27, 0.25)
-        soles = _ellipse(side, y, 0.36, 0.9, 0.13, 0.12)
-    else:
-        left, right = stride.clamp(min=0), (-stride).clamp(min=0)
-        feet = ((-0.3 - 0.22 * left, 0.84 - 0.1 * left), (0.3 + 0.22 * right, 0.84 - 0.1 * right))
-        legs = _union(*(_ellipse(x, y, fx, fy, 0.24, 0.24) for fx, fy in feet))
-        blades = _union(*(torch.maximum((x - fx - 0.05).abs() - 0.25, (y - fy - 0.27).abs() - 0.05) for fx, fy in feet))
-        layers.append((blades, STEEL))
-        soles = torch.full_like(x, 9.0)
-    ears = _ellipse(side, y, 0.5, -0.84, 0.25, 0.25)
-    head = _ellipse(x, y, 0.0, -0.44, 0.68, 0.56)
-    body = _ellipse(x, y, 0.0, 0.4, 0.54, 0.56)
-    arms = _ellipse(side, y, 0.6, 0.3, 0.2, 0.27)
-    layers.append((_union(ears, head, body, arms, legs), BROWN))
-    belly, muzzle = _ellipse(x, y, 0.0, 0.44, 0.33, 0.36), _ellipse(x, y, 0.0, -0.24, 0.32, 0.23)
-    inner = _ellipse(side, y, 0.5, -0.84, 0.13, 0.13)
-    layers.append((_union(belly, muzzle, inner, soles), CREAM))
-    eyes, nose = _ellipse(side, y, 0.27, -0.52, 0.09, 0.1), _ellipse(x, y, 0.0, -0.33, 0.13, 0.09)
-    layers.append((_union(eyes, nose), INK))
-    return layers
-
-
-def _paint(scene: Scene, x: Tensor, y: Tensor, sharp: Tensor, stride: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Colour (3, T, H, W) of the object in its own frame, and how much each pixel is covered (T, H, W).
-
-    `sharp` (T, 1, 1) is how many pixels half its size takes: edges are one pixel soft.
-    """
-    if scene.object == "teddy bear":
-        layers = _bear(x, y, stride)
-    else:
-        layers = [(_outline(scene.object, x, y), COLOURS[scene.colour])]
-    colour, cover = _rgb(layers[0][1]), (0.5 - layers[0][0] * sharp).clamp(0, 1)
-    for distance, rgb in layers[1:]:
-        alpha = (0.5 - distance * sharp).clamp(0, 1)
-        colour = torch.lerp(colour.expand(3, *x.shape), _rgb(rgb).expand(3, *x.shape), alpha.expand(3, *x.shape))
-        cover = torch.maximum(cover, alpha)
-    shade = 1 - 0.13 * (x + y).clamp(-1, 1)
-    gleam = 0.5 if scene.object == "ball" else 0.22
-    spot = gleam * (-((x + 0.36).square() + (y + 0.42).square()) / 0.1).exp()
-    return torch.lerp((colour * shade).clamp(0, 1), torch.ones(()), spot), cover
-
-
-def _backdrop(scene: Scene, x: Tensor, y: Tensor, unit: int) -> Tensor:
-    """Colour of the background (3, 1 or T, H, W) at places (T or 1, H, W) of the world."""
-    if scene.background == "textured":
-        grain = torch.zeros_like(x)
-        for k in range(3):
-            angle = math.pi * (scene.phase + k / 3 + 0.05 * scene.tone)
-            wave = 2 * math.pi * (1.3 + 0.7 * ((k + scene.phase * 3) % 3))
-            grain = grain + (wave * (x * math.cos(angle) + y * math.sin(angle)) + 40 * scene.phase * (k + 1)).sin()
-        return _rgb((128, 132, 140)) + 0.07 * grain + 0.03 * scene.tone
-    if scene.background == "ice":
-        floor = (0.5 + (y - HORIZON) * unit).clamp(0, 1)
-        air = _rgb((92, 102, 118)) + 0.03 * scene.tone - 0.12 * (y + 0.5)
-        ice = _rgb((196, 212, 224)) + 0.02 * scene.tone + 0.1 * y
-        return torch.lerp(air, ice, floor.expand_as(ice))
-    base = _rgb((30, 32, 40)) if scene.background == "dark" else _rgb((218, 221, 228))
-    return base + 0.035 * scene.tone + 0.05 * y.clamp(-0.5, 0.5)
-
-
 def render(scene: Scene, num_frames: int = FRAMES, height: int = 64, width: int = 64) -> tuple[Tensor, Tensor]:
     """Draw a scene: pixels (3, T, H, W) in [-1, 1] and how much the object covers them (T, H, W) in [0, 1].
 
@@ -326,14 +222,15 @@ def render(scene: Scene, num_frames: int = FRAMES, height: int = 64, width: int 
     half, cos, sin = size / 2, turn.cos(), turn.sin()
     dx, dy = (px - at_x) / half, (py - at_y) / half
     stride = _stride(scene, u).view(-1, 1, 1) if scene.motion == "skating" else None
-    front, cover = _paint(scene, dx * cos + dy * sin, dy * cos - dx * sin, half * unit, stride)
-    if scene.camera == "static":
-        back = _backdrop(scene, px + 0 * py, py + 0 * px, unit)
-    else:
+    own = COLOURS.get(scene.colour, BROWN)
+    across, down = dx * cos + dy * sin, dy * cos - dx * sin
+    front, cover = paint(scene.object, own, across, down, half * unit, stride=stride, striped=scene.striped)
+    if scene.camera != "static":
         zoom, cam_x, cam_y = (v.view(-1, 1, 1) for v in camera_path(scene.camera, u))
-        back = _backdrop(scene, px / zoom + cam_x + 0 * py, py / zoom + cam_y + 0 * px, unit)
+        px, py = px / zoom + cam_x, py / zoom + cam_y
+    back = backdrop(scene.background, px + 0 * py, py + 0 * px, unit, phase=scene.phase, tone=scene.tone)
     if scene.background == "ice":
-        back = back * (1 - 0.3 * (0.5 - 5 * _ellipse(dx, dy, 0.0, 1.14, 0.7, 0.12)).clamp(0, 1))  # its shadow
+        back = back * (1 - 0.3 * (0.5 - 5 * ellipse(dx, dy, 0.0, 1.14, 0.7, 0.12)).clamp(0, 1))  # its shadow
     pixels = torch.lerp(back.expand_as(front), front, cover.expand_as(front))
     return pixels.clamp(0, 1) * 2 - 1, cover
 
@@ -345,7 +242,7 @@ def _place(background: str) -> str:
 def caption(scene: Scene, template: int = 0) -> str:
     """What a clip shows, in at most 14 lower-case words; TEMPLATES[template] says how.
 
-    A camera that moves is always stated, one that does not never, and neither is the colour of the bear.
+    A camera that moves is always stated; one that does not, the colour of the bear and stripes never are.
     """
     thing = scene.object if scene.object == "teddy bear" else f"{scene.colour} {scene.object}"
     text = TEMPLATES[template].format(thing=thing, motion=scene.motion, place=_place(scene.background))

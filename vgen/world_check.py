@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vgen import world
+from vgen.world_draw import BROWN, CREAM, STRIPE
 
 NONE = "none"
 SIDE = 64  # every clip is read at this size of its shorter side
@@ -41,12 +42,15 @@ IOU_FLOOR = 0.8  # of the silhouette with the nearest object's
 COHERENCE_FLOOR = 0.6  # of the silhouette with that of the next frame
 BELLY = 0.1  # share of a bear that is pale
 ENOUGH = 0.45  # share of the world's own travel, growth or turn that counts as one
+BANDS = 0.13  # how strongly, as a share of its lightness, an object must be banded to be striped
 HOP = 0.016  # deviation from a straight path that counts as bouncing
 
 
 @dataclass(frozen=True)
 class Reading:
     """What a clip shows, in the words of `vgen.world` or "none", and how well the object is shaped.
+
+    `look` is "plain" or "striped".
 
     `iou` is the overlap with the silhouette of the nearest object, `coherence` that between neighbouring frames,
     both mean over frames, 0 to 1, after centring and scaling.
@@ -59,6 +63,7 @@ class Reading:
     camera: str
     iou: float
     coherence: float
+    look: str = NONE
 
 
 @dataclass(frozen=True)
@@ -94,7 +99,8 @@ def read(pixels: Tensor) -> Reading:
     motion = _motion(mask, u, flow if camera != "static" else _Flow(), turn) if len(u) > 1 else NONE
     if (motion, thing, background) == ("moving right", "teddy bear", "ice"):
         motion = "skating"
-    return Reading(colour, thing, motion, background, camera, iou, coherence)
+    look = "striped" if _bands(frames.amax(1), mask) > BANDS else "plain"
+    return Reading(colour, thing, motion, background, camera, iou, coherence, look)
 
 
 def score(stated: Mapping[str, str], reading: Reading) -> dict[str, bool]:
@@ -200,7 +206,7 @@ def _colour(frames: Tensor, mask: Tensor) -> str:
         return NONE
     far = {
         name: (_hue(mean) - _hue(torch.tensor(rgb) / 255)).norm().item()
-        for name, rgb in {**world.COLOURS, "brown": world.BROWN}.items()
+        for name, rgb in {**world.COLOURS, "brown": BROWN}.items()
     }
     name = min(far, key=far.__getitem__)
     return name if far[name] < HUE_REACH else NONE
@@ -235,9 +241,34 @@ def _motion(mask: Tensor, u: Tensor, flow: _Flow, turn: Tensor) -> str:
     return motion if evidence[motion] > ENOUGH else "standing still"
 
 
+def _bands(light: Tensor, mask: Tensor) -> float:
+    """How strongly the object (T, H, W) is banded from top to bottom: the wave of the world's stripes in the mean
+    lightness of its rows, beside a parabola, as a share of that lightness; mean over frames.
+    """
+    _, y, side = _centre(mask)
+    _, rows = _places(*mask.shape[1:])
+    counts = mask.sum(2)
+    found = [
+        _wave((row * inside).sum(1)[seen > 2] / seen[seen > 2], (rows[:, 0] - at)[seen > 2] / size, seen[seen > 2])
+        for row, inside, seen, at, size in zip(light, mask, counts, y, side, strict=True)
+    ]
+    return sum(found) / len(found)
+
+
+def _wave(values: Tensor, places: Tensor, weights: Tensor) -> float:
+    """The share of the strongest wave of about the stripes' length (half a size is some 0.58 roots of the area)."""
+    root = weights.sqrt()[:, None]
+    trend = torch.stack((torch.ones_like(places), places, places**2), 1)
+    fit = torch.linalg.lstsq(trend * root, values[:, None] * root).solution
+    rest = weights * (values - (trend @ fit)[:, 0])
+    turns = 2 * math.pi * places / torch.linspace(0.47, 0.72, 8)[:, None] / STRIPE
+    strength = (turns.cos() @ rest).hypot(turns.sin() @ rest) * 2 / weights.sum()
+    return (strength.max() / values.mean()).item()
+
+
 def _pale(grey: Tensor, mask: Tensor) -> float:
     """The share of the object that is nearer to a bear's belly and muzzle than to its fur in lightness."""
-    bright = grey > (sum(world.BROWN) + sum(world.CREAM)) / 6 / 255
+    bright = grey > (sum(BROWN) + sum(CREAM)) / 6 / 255
     return ((bright * mask).sum() / mask.sum()).item()
 
 
