@@ -313,19 +313,13 @@ def test_parts_are_trained_apart(small: Path, tmp_path: Path) -> None:
     assert changed(before, anew) == {"unet"}
 
 
-def test_the_weight_of_the_object_fades(small: Path) -> None:
+def test_the_error_on_the_object_weighs_more_at_first(small: Path) -> None:
     part = model(small).part("unet", asked(small, "finetune", mask_weight=4.0, mask_steps=10))
-    mask = torch.zeros(1, 1, 1, 4, 4)
-    mask[..., :2] = 1
-    ratios = []
-    for step in (0, 5, 9):
-        weight = part._weight({"mask": mask, "progress": step})
-        assert weight is not None
-        assert weight.mean() == pytest.approx(1)
-        ratios.append((weight.max() / weight.min()).item())
-    assert ratios == pytest.approx([5.0, 3.0, 1.4])
-    assert part._weight({"mask": mask, "progress": 10}) is None
-    assert part._weight({"progress": 0}) is None
+    batch = {"latents": torch.randn(1, 4, 1, 8, 8), "text": torch.randn(1, 16, 16), "mask": torch.zeros(1, 1, 1, 8, 8)}
+    batch["mask"][..., :2] = 1
+    early, late = (part.loss({**batch, "progress": n}, torch.Generator().manual_seed(0)).item() for n in (0, 10))
+    plain = part.loss({"latents": batch["latents"], "text": batch["text"]}, torch.Generator().manual_seed(0)).item()
+    assert late == plain != early
 
 
 def test_pictures_from_the_command_line(small: Path, tmp_path: Path) -> None:

@@ -10,16 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vgen import clips, diffusion, latents
+from vgen import clips, convolution, diffusion, latents
 from vgen.errors import UsageError
 from vgen.family import Checkpoint
 from vgen.latents import Space, file_hash, sample_posterior, scale
 from vgen.machine import Machine
 from vgen.model import Draw
 from vgen.networks import Networks, prepare
+from vgen.pixels import Autoencoder
 from vgen.plugins.cogvideox import autoencoder, caching, draw
 from vgen.plugins.cogvideox.attention import Products
-from vgen.plugins.cogvideox.autoencoder import Autoencoder
 from vgen.plugins.cogvideox.transformer import Transformer
 from vgen.text import Texts
 
@@ -88,13 +88,13 @@ class CogVideoX:
     def encode(self, pixels: Tensor) -> dict[str, Tensor]:
         """Pixels (B, 3, T, H, W) in [-1, 1] to unscaled 'mean' and 'logvar'."""
         vae = self._vae()
-        with self.machine.holding(vae), torch.no_grad():
+        with self.machine.holding(vae), torch.no_grad(), convolution.quick():
             return autoencoder.encode(vae, pixels.to(self.machine.device))
 
     def decode(self, streams: Mapping[str, Tensor]) -> Tensor:
         """Unscaled 'latents' (B, C, T, H, W) to pixels (B, 3, T, H, W)."""
         vae = self._vae()
-        with self.machine.holding(vae), torch.no_grad():
+        with self.machine.holding(vae), torch.no_grad(), convolution.quick():
             return autoencoder.decode(vae, streams["latents"].to(self.machine.device))
 
     def _vae(self) -> Any:
@@ -199,7 +199,8 @@ class CogVideoX:
         return part
 
     def _autoencoder(self, options: Any) -> Autoencoder:
-        return Autoencoder(self.networks.get("vae"), l1_weight=options.l1_weight, kl_weight=options.kl_weight)
+        vae, weights = self.networks.get("vae"), {"l1_weight": options.l1_weight, "kl_weight": options.kl_weight}
+        return Autoencoder(vae, autoencoder.encode, autoencoder.decode, **weights)
 
     def _transformer(self, options: Any) -> Transformer:
         part = Transformer(self.networks.get("transformer"), self.process)

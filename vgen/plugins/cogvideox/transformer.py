@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from vgen import diffusion, lean
 from vgen.diffusion import Kind, Process
+from vgen.emphasis import emphasis
 
 with lean.imports():
     from diffusers.models.embeddings import get_3d_rotary_pos_embed
@@ -81,21 +82,12 @@ class Transformer:
         """
         x = self._filled(batch["latents"])
         text = self.embed(batch["captions"]) if self.embed is not None else batch["text"]
-        return diffusion.loss(
-            self.predict, self.process, self.output, x, {"text": text}, generator, weight=self._weight(batch)
-        )
+        weight = emphasis(batch, self.mask_weight, self.mask_steps, self._filled)
+        return diffusion.loss(self.predict, self.process, self.output, x, {"text": text}, generator, weight=weight)
 
     def _filled(self, x: Tensor) -> Tensor:
         """x (B, C, T, H, W) with its first frame repeated until T fills whole patches in time."""
         return torch.cat([x[:, :, :1]] * (-x.shape[2] % (self.network.config.patch_size_t or 1)) + [x], 2)
-
-    def _weight(self, batch: Mapping[str, Any]) -> Tensor | None:
-        """1 + w * mask, where w fades to nothing over `mask_steps`: it teaches objects early, then biases them."""
-        fade = 1 - batch["progress"] / self.mask_steps if self.mask_steps else 1.0
-        if "mask" not in batch or self.mask_weight * fade <= 0:
-            return None
-        weight: Tensor = 1 + self.mask_weight * fade * self._filled(batch["mask"])
-        return weight / weight.mean()
 
 
 def _crop(size: tuple[int, int], native: tuple[int, int]) -> tuple[tuple[int, int], tuple[int, int]]:

@@ -16,8 +16,8 @@ from vgen.latents import Space, file_hash
 from vgen.machine import Machine
 from vgen.model import Draw, Sampler
 from vgen.networks import Networks, prepare
+from vgen.pixels import Autoencoder
 from vgen.plugins.sd import autoencoder
-from vgen.plugins.sd.autoencoder import Autoencoder
 from vgen.plugins.sd.unet import UNet
 from vgen.text import Texts
 
@@ -141,7 +141,8 @@ class StableDiffusion:
         return part
 
     def _autoencoder(self, options: Any) -> Autoencoder:
-        return Autoencoder(self.networks.get("vae"), l1_weight=options.l1_weight, kl_weight=options.kl_weight)
+        vae, weights = self.networks.get("vae"), {"l1_weight": options.l1_weight, "kl_weight": options.kl_weight}
+        return Autoencoder(vae, autoencoder.encode, autoencoder.decode, **weights)
 
     def _trained(self, options: Any) -> UNet:
         part = self._unet()

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from vgen import diffusion
 from vgen.diffusion import Kind, Process
+from vgen.emphasis import emphasis
 
 Embed = Callable[[list[str]], Tensor]
 
@@ -40,15 +41,7 @@ class UNet:
     def loss(self, batch: Mapping[str, Any], generator: torch.Generator) -> Tensor:
         """Mean square error of a batch: 'latents' (B, C, T, H, W) scaled, 'text' (B, L, D) or 'captions', 'mask'."""
         text = self.embed(batch["captions"]) if self.embed is not None else batch["text"]
-        cond = {"text": text}
+        weight = emphasis(batch, self.mask_weight, self.mask_steps)
         return diffusion.loss(
-            self.predict, self.process, self.output, batch["latents"], cond, generator, weight=self._weight(batch)
+            self.predict, self.process, self.output, batch["latents"], {"text": text}, generator, weight=weight
         )
-
-    def _weight(self, batch: Mapping[str, Any]) -> Tensor | None:
-        """1 + w * mask, of mean 1, where w fades to nothing over `mask_steps`: it would bias what it has taught."""
-        fade = 1 - batch["progress"] / self.mask_steps if self.mask_steps else 1.0
-        if "mask" not in batch or self.mask_weight * fade <= 0:
-            return None
-        weight: Tensor = 1 + self.mask_weight * fade * batch["mask"]
-        return weight / weight.mean()
