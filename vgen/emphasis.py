@@ -16,8 +16,10 @@ def emphasis(
     w is `weight` and fades to nothing over `steps` (0: never): it teaches objects early, then it would bias them.
     `fit` brings a mask (B, 1, T, H, W) to the shape of what is trained. None where nothing is to be multiplied.
     """
+    if "mask" not in batch or not weight:
+        return None
     fade = 1 - batch["progress"] / steps if steps else 1.0
-    if "mask" not in batch or weight * fade <= 0:
+    if fade <= 0:
         return None
     made: Tensor = 1 + weight * fade * fit(batch["mask"])
     return made / made.mean()
