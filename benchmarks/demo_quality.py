@@ -1,6 +1,7 @@
 """How well a checkpoint of the drawn world follows its prompts: every figure with its counts and the majority rate.
 
     python benchmarks/demo_quality.py [--family cogvideox] [--checkpoint demo] [--count 96]
+    python benchmarks/demo_quality.py --count 32 --look striped [--lora FOLDER]    # how many objects are striped
 
 Prompts are held out: their combinations of colour, object and motion were never trained. An attribute is scored only
 where the prompt states it, and motion and camera not of a single frame. "majority" is what always answering with the
@@ -42,15 +43,17 @@ def reconstruction(model, size: tuple[int, int, int], count: int) -> tuple[list[
     return figures, scores, words
 
 
-def sampled(model, options, prompts: Iterable[world.Prompt], sheets: Path | None) -> tuple[Scores, dict[str, Counter]]:
-    """Whether the checker reads in each sample what its prompt states."""
+def sampled(
+    model, options, prompts: Iterable[world.Prompt], sheets: Path | None, look: dict[str, str]
+) -> tuple[Scores, dict[str, Counter]]:
+    """Whether the checker reads in each sample what its prompt states, and the `look` that all should have."""
     scores, words = defaultdict(list), defaultdict(Counter)
     rows = []
     for i, prompt in enumerate(prompts):
         options.prompt, options.seed = prompt.text, 1000 + i
         frames = decode(model, generate(model, options, lambda *_: None))[0]
         reading = read(frames.permute(3, 0, 1, 2).float() / 127.5 - 1)
-        stated = shown(prompt.stated, len(frames))
+        stated = {**shown(prompt.stated, len(frames)), **look}
         right = score(stated, reading)
         add(scores, words, stated, right)
         rows.append(frames[:: max(1, len(frames) // 5)])
@@ -106,13 +109,15 @@ def main() -> None:
     ask.add_argument("--steps", type=int)
     ask.add_argument("--guidance", type=float)
     ask.add_argument("--threads", type=int)
+    ask.add_argument("--lora", action="append", default=[], help="an adapter, PATH[:SCALE]")
+    ask.add_argument("--look", choices=("plain", "striped"), help="also score the look of the object")
     ask.add_argument("--sheet", type=Path, help="write the samples as one PNG")
     given = ask.parse_args()
     hush()
     card = family(given.family)
     found = registry.resolve(card, given.checkpoint, accelerator=False)
     model = card.loader()(found.folder, found.checkpoint, machine("cpu", "fp32", threads=given.threads))
-    options = card.options("sample")(prompt="a red ball", seed=0)
+    options = card.options("sample")(prompt="a red ball", seed=0, **({"lora": given.lora} if given.lora else {}))
     options.num_inference_steps, options.guidance_scale = given.steps, given.guidance
     options = resolve(card, options, found.checkpoint)
     size = (options.num_frames, options.height, options.width)
@@ -124,7 +129,9 @@ def main() -> None:
         table("checker on reconstructions", scores, words)
     shares = {}
     if given.count:
-        shares = table("samples of held-out prompts", *sampled(model, options, world.prompts(given.count), given.sheet))
+        look = {"look": given.look} if given.look else {}
+        scored = sampled(model, options, world.prompts(given.count), given.sheet, look)
+        shares = table("samples of held-out prompts", *scored)
     print(json.dumps({"psnr": sum(figures) / max(1, len(figures)), **shares}))
 
 

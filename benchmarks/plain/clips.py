@@ -1,4 +1,4 @@
-"""Writes clips of the drawn world in several sizes: python plain/clips.py FOLDER COUNT."""
+"""Writes clips of the drawn world: python plain/clips.py FOLDER COUNT [HEIGHT WIDTH]; in several sizes without one."""
 
 import sys
 from fractions import Fraction
@@ -15,9 +15,10 @@ FRAMES = 24
 def main() -> None:
     """Write them at 8 frames a second."""
     folder, count = Path(sys.argv[1]), int(sys.argv[2])
+    sizes = (tuple(map(int, sys.argv[3:5])),) if len(sys.argv) > 3 else SIZES
     folder.mkdir()
     for i in range(count):
-        height, width = SIZES[i % len(SIZES)]
+        height, width = sizes[i % len(sizes)]
         write(folder / f"{i:03d}.mp4", to_frames(world.clip(7, i, FRAMES, height, width)[0]), Fraction(8))
 
 

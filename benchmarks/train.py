@@ -1,0 +1,155 @@
+"""How fast `vgen train-lora` trains beside a loop with diffusers and peft: ratios, as a table in Markdown.
+
+The model has the demo's autoencoder and text encoder and a random transformer of about 200 million parameters; both
+sides train the same LoRA in bf16 on clips of 17x64x64, one in a step, in processes that take turns.
+
+    python benchmarks/train.py --page docs/benchmarks.md        # about 15 minutes on two quiet cores
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from speed import HERE, VGEN, process
+
+from vgen import registry
+from vgen.family import family
+
+START, END = "<!-- training results -->", "<!-- training end -->"
+RANK, CLIPS, WARM = 16, 8, 2  # steps that are not counted
+SHAPE = {"num_attention_heads": 16, "attention_head_dim": 64, "num_layers": 10, "time_embed_dim": 512}
+
+
+def base(folder: Path) -> Path:
+    """The demo with a large random transformer."""
+    import torch
+    from diffusers import CogVideoXTransformer3DModel
+
+    demo = registry.resolve(family("cogvideox"), "demo", accelerator=False).folder
+    assert demo is not None
+    shutil.copytree(demo, folder)
+    config = json.loads((folder / "transformer" / "config.json").read_text())
+    torch.manual_seed(0)
+    network = CogVideoXTransformer3DModel.from_config({**config, **SHAPE}).to(torch.bfloat16)
+    network.save_pretrained(folder / "transformer", max_shard_size="100GB")
+    print(f"{sum(p.numel() for p in network.parameters()) / 1e6:.0f} million parameters", file=sys.stderr)
+    return folder
+
+
+def tensors(store: Path, folder: Path, path: Path) -> None:
+    """The clips of a store as the plain loop takes them."""
+    import torch
+
+    from vgen.latents import scale
+    from vgen.machine import machine
+    from vgen.store import Store
+
+    card = family("cogvideox")
+    found = registry.resolve(card, str(folder), accelerator=False)
+    model = card.loader()(folder, found.checkpoint, machine("cpu", "fp32"))
+    opened = Store.open(store, space=model.space, text_space=model.text_space, mend="")
+    pairs = []
+    for record in opened.records():
+        streams, told = opened.get(record["key"])
+        x = scale(model.space, streams["mean"].float()).transpose(0, 1)[None]
+        pairs.append((x, opened.text(told["captions"][0])["text"][None]))
+    torch.save(pairs, path)
+
+
+class Bench:
+    """The runs. `work` holds what they read and write."""
+
+    def __init__(self, work: Path, steps: int) -> None:
+        self.work, self.steps, self.home, self.count = work, steps, work / "home", 0
+        self.folder, self.store, self.clips = base(work / "base"), work / "store", work / "clips"
+        process(sys.executable, HERE / "plain" / "clips.py", self.clips, CLIPS, 64, 64, home=self.home)
+        for clip in self.clips.glob("*.mp4"):
+            clip.with_suffix(".txt").write_text("a red ball moving left")
+        size = ("--num-frames", 17, "--height", 64, "--width", 64)
+        told = ("--checkpoint", self.folder, "--device", "cpu", "--seed", 1, "-o", self.store)
+        process(VGEN, "encode", "cogvideox", self.clips, *size, *told, home=self.home)
+        tensors(self.store, self.folder, work / "latents.pt")
+
+    def vgen(self, steps: int, save_every: int = 10**6) -> dict[str, Any]:
+        """Seconds of the steps and of the process, and its peak of memory."""
+        self.count += 1
+        out = self.work / f"lora-{self.count}"
+        words = ("--checkpoint", self.folder, "--data", self.store, "--rank", RANK, "--max-train-steps", steps)
+        more = ("--mixed-precision", "bf16", "--dtype", "bf16", "--checkpointing-steps", save_every, "--device", "cpu")
+        took = process(VGEN, "train-lora", "cogvideox", *words, *more, "--seed", 1, "-o", out, home=self.home)
+        log = [json.loads(line) for line in (out / "training" / "log.jsonl").read_text().splitlines()]
+        return {"steps": [line["seconds"] for line in log if "seconds" in line], "wall": took.wall, "mib": took.mib}
+
+    def plain(self, steps: int, *source: object) -> dict[str, Any]:
+        """The same of the plain loop, and seconds from its start to the end of its first step."""
+        self.count += 1
+        words = [self.folder, "--steps", steps, "--rank", RANK, "--out", self.work / f"plain-{self.count}", *source]
+        script = [sys.executable, HERE / "plain" / "train_lora.py", *words]
+        env = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"}
+        begun = os.times().elapsed
+        done = subprocess.run([str(w) for w in script], env=env, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise RuntimeError(done.stderr[-2000:])
+        return {**json.loads(done.stdout.splitlines()[-1]), "wall": os.times().elapsed - begun}
+
+    def rows(self, pairs: int) -> list[str]:
+        """The lines of the table."""
+        cached, fresh = ("--latents", self.work / "latents.pt"), ("--clips", self.clips)
+        ours, others, encoding, short, first, saving = [], [], [], [], [], []
+        for i in range(pairs):
+            print(f"pair {i + 1} of {pairs} ...", file=sys.stderr, flush=True)
+            ours.append(self.vgen(self.steps))
+            others.append(self.plain(self.steps, *cached))
+            encoding.append(self.plain(self.steps, *fresh))
+            short.append(self.vgen(1)["wall"])
+            first.append(self.plain(1, *cached)["wall"])
+            saving.append(self.vgen(self.steps, 2))
+        step, other, slow = (median(median(run["steps"][WARM:]) for run in runs) for runs in (ours, others, encoding))
+        mib, their_mib = (median(run["mib"] for run in runs) for runs in (ours, others))
+        saves = self.steps // 2 - 1
+        stall = median((a["wall"] - b["wall"]) / saves for a, b in zip(saving, ours, strict=True))
+        start, their_start = median(short), median(first)
+        return [
+            line("steps/s, both from cached latents", 1 / step, 1 / other, other / step, ">= 1.1", other / step >= 1.1),
+            line("steps/s, the other encodes clips", 1 / step, 1 / slow, slow / step, ">= 3", slow / step >= 3),
+            line("peak memory, MiB", mib, their_mib, mib / their_mib, "<= 0.8", mib / their_mib <= 0.8),
+            line("a whole run of one step, s", start, their_start, start / their_start, "", None),
+            line("a save in mid-training, s (beside: a step)", stall, step, stall / step, "< 1", stall < step),
+        ]
+
+
+def line(name: str, ours: float, other: float, ratio: float, goal: str, met: bool | None) -> str:
+    """A row of the table."""
+    told = "" if met is None else "yes" if met else "no"
+    return f"| {name} | {ours:.3g} | {other:.3g} | **{ratio:.2f}** | {goal} | {told} |"
+
+
+def main() -> None:
+    """Measure and print."""
+    ask = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    ask.add_argument("--steps", type=int, default=12)
+    ask.add_argument("--pairs", type=int, default=5)
+    ask.add_argument("--page", type=Path, help="put the table into this page, between its markers, too")
+    given = ask.parse_args()
+    with tempfile.TemporaryDirectory() as work:
+        rows = Bench(Path(work), given.steps).rows(given.pairs)
+    load = ", ".join(f"{x:.1f}" for x in os.getloadavg())
+    head = ["| measured | vgen | other | ratio | goal | met |", "| --- | --- | --- | --- | --- | --- |"]
+    text = "\n".join([f"{os.cpu_count()} cores, load {load}, {given.pairs} pairs.", "", *head, *rows])
+    print(text)
+    if given.page:
+        before, _, rest = given.page.read_text().partition(START)
+        given.page.write_text(f"{before}{START}\n{text}\n{END}{rest.partition(END)[2]}")
+
+
+if __name__ == "__main__":
+    main()
