@@ -361,15 +361,19 @@ def denoiser(predict: Predict, process: Process, kind: Kind, cond: Conditions) -
 # --- training -----------------------------------------------------------------------------------------------------
 
 
-def sample_times(process: Process, n: int, generator: Generator, share: tuple[int, int] = (0, 1)) -> Tensor:
+def sample_times(process: Process, n: int, generator: Generator, share: tuple[int, int] | None = (0, 1)) -> Tensor:
     """Training times of n clips, (n,), one from each of n strata of the process's distribution, in random order.
 
     `share` = (r, R) draws from the r-th of R equal parts only: CogVideoX's explicit uniform sampling, with a rank or a
     micro-batch as r. Over all parts the distribution is the process's own, and the loss varies less from step to step.
+    Without a share each time is drawn by itself.
     """
-    part, parts = share
-    strata = torch.randperm(n, generator=generator) + part * n
-    u = (strata + torch.rand(n, generator=generator, dtype=torch.float64)) / (n * parts)
+    if share is None:
+        u = torch.rand(n, generator=generator, dtype=torch.float64)
+    else:
+        part, parts = share
+        strata = torch.randperm(n, generator=generator) + part * n
+        u = (strata + torch.rand(n, generator=generator, dtype=torch.float64)) / (n * parts)
     return process.training_time(u.clamp(2**-32, 1 - 2**-32))  # rounding could reach the ends, which have no time
 
 
@@ -382,7 +386,7 @@ def loss(
     generator: Generator,
     *,
     weight: Tensor | None = None,
-    share: tuple[int, int] = (0, 1),
+    share: tuple[int, int] | None = (0, 1),
 ) -> Tensor:
     """Mean square error on the network's own target, a scalar.
 

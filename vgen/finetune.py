@@ -46,7 +46,7 @@ def finetune(
         manifest = {"format": "vgen-checkpoint/1", "family": card.name, "tag": output.name, "part": options.part}
         export(base, networks, output, manifest, DTYPES[options.save_dtype])
 
-    return train.fit(part, batch, options, machine, output / "training", export=save, on_step=on_step)
+    return train.fit(part, batch, options, machine, output / "training", train.Between(save, on_step=on_step))
 
 
 def _clear(output: Path, base: Path) -> None:

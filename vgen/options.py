@@ -126,8 +126,10 @@ class TrainOptions(RunOptions):
     max_train_steps: int = opt(1000, help="Optimizer steps.", low=1)
     train_batch_size: int = opt(1, help="Clips in one forward pass.", low=1)
     gradient_accumulation_steps: int = opt(1, help="Forward passes in one step.", low=1)
-    optimizer: Literal["adamw", "muon"] = opt("adamw", help="What makes steps of gradients.")
-    learning_rate: float = opt(1e-4, help="Peak learning rate.", low=0.0)
+    optimizer: Literal["adamw", "muon", "adamw8bit", "paged-adamw", "paged-adamw8bit"] = opt(
+        "adamw", help="What makes steps of gradients; those of 8 bits and paged ones are bitsandbytes'."
+    )
+    learning_rate: float = opt(1e-4, help="Peak learning rate.", low=1e-12)
     lr_scheduler: Literal["constant", "cosine", "linear"] = opt("cosine", help="Shape of the learning rate.")
     lr_warmup_steps: int = opt(0, help="Steps over which it rises.", low=0)
     adam_beta1: float = opt(0.9, help="AdamW beta 1.", low=0.0, high=1.0)
@@ -136,6 +138,17 @@ class TrainOptions(RunOptions):
     adam_weight_decay: float = opt(1e-4, help="AdamW weight decay.", low=0.0)
     max_grad_norm: float = opt(1.0, help="Gradients are clipped to this norm; 0 turns it off.", low=0.0)
     ema_decay: float = opt(0.0, help="Keep a moving average with this decay; 0 turns it off.", low=0.0, high=1.0)
+    timestep_sampling: Literal["explicit-uniform", "uniform"] = opt(
+        "explicit-uniform", help="Times of a step: one from each equal part of their range, or each by itself."
+    )
+    eval_steps: int = opt(500, help="Log the loss on held-out clips every so many steps; 0 turns it off.", low=0)
+    eval_share: float = opt(0.02, help="Share of the clips held out: 1 to 6, none of fewer than 16.", low=0.0, high=0.5)
+    validation_prompt: list[str] = opt([], help="Sample a clip of this prompt while training; any number of times.")
+    validation_image: Path | None = opt(None, help="Picture that those clips start from (image-to-video checkpoints).")
+    validation_steps: int = opt(500, help="Sample them every so many steps.", low=1)
+    report_to: Literal["none", "tensorboard", "trackio", "wandb"] = opt(
+        "none", help="Also send the figures to a tracker.", panel="Output"
+    )
     mixed_precision: Literal["no", "bf16", "fp16"] = opt("no", help="Autocast of the forward pass.", panel="Machine")
     gradient_checkpointing: bool = opt(False, help="Recompute activations to save memory.", panel="Machine")
     compile: bool = opt(False, help="torch.compile the network.", panel="Machine")

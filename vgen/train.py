@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import math
+import secrets
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -16,16 +17,32 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vgen import fingerprint, logs, record
 from vgen.dataset import Batch, ahead
-from vgen.errors import UsageError, VgenError
-from vgen.files import replacing
+from vgen.errors import VgenError
+from vgen.evaluation import evaluate
 from vgen.machine import DTYPES, Machine, seeded
 from vgen.model import OnStep, Part
-from vgen.optimizers import optimizers
+from vgen.optimizers import learning_rate
 from vgen.options import TrainOptions
-from vgen.tensorfile import load_tensors, save_tensors
+from vgen.state import State
 
 STATE, LOG = "state.safetensors", "log.jsonl"
+Held = Sequence[Callable[[], Batch]]
+
+
+@dataclass(frozen=True)
+class Between:
+    """What is done between steps. `export` writes the weights whenever the state is saved.
+
+    The loss on the batches of `held` is logged every `eval_steps`; `show(step)` is called every `validation_steps`,
+    with the networks as they are exported, and the optimizers' state out of the way.
+    """
+
+    export: Callable[[Mapping[str, nn.Module]], None]
+    held: Held = ()
+    show: Callable[[int], None] | None = None
+    on_step: OnStep = lambda name, i, n: None
 
 
 def fit(
@@ -34,192 +51,203 @@ def fit(
     options: TrainOptions,
     machine: Machine,
     folder: Path,
-    *,
-    export: Callable[[Mapping[str, nn.Module]], None],
-    on_step: OnStep = lambda name, i, n: None,
+    between: Between,
+    identity: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Train `part` on batch(0), batch(1), ... and keep state and log in `folder`.
 
-    `export` writes the weights (the moving average where one is kept) whenever the state is saved.
     Noise and data are functions of (seed, step), so a resumed run repeats the undisturbed one bit for bit on the
-    CPU. Ctrl-C finishes the step, saves and raises KeyboardInterrupt. Returns the figures of the last step.
+    CPU; one of another `identity` (see `fingerprint`) is refused. Ctrl-C finishes the step, saves and raises
+    KeyboardInterrupt. Returns the figures of the last step; of a resumed run also, under "resumed", which run went
+    before and at which step it ended.
     """
+    told = identity or fingerprint.identity(options, {}, {})
+    if options.resume:
+        fingerprint.require(folder / STATE, told)
     folder.mkdir(parents=True, exist_ok=True)
-    state = _State.of(part, options, machine)
-    done = state.restore(folder / STATE, options.seed) if options.resume else 0
-    figures = _shorten(folder / LOG, done)
-    if done >= options.max_train_steps:  # the run may have been killed between its last state and its export
-        with state.averaged():
-            export(part.modules)
+    state = State.of(part, options, machine)
+    before = state.restore(folder / STATE) if options.resume and (folder / STATE).exists() else {}
+    done, run = int(before.get("step", 0)), secrets.token_hex(8)
+    chain = [*before.get("resumed", []), {"run": before.get("run", ""), "step": done}] if before else []
+    kept = {"seed": options.seed, "run": run, "resumed": chain, "identity": told}
+    first = str(chain[0]["run"]) if chain else run
+    with logs.opened(folder / LOG, done, options.report_to, first, record.plain(options)) as log:
+        loop = _Loop(part, options, machine, folder, between, state, log, kept)
+        if done < options.max_train_steps:
+            figures = loop.run(batch, range(done, options.max_train_steps))
+        else:  # the run may have been killed between its last state and its export
+            loop.export()
+            figures = logs.last(folder / LOG) or {"step": done}
+    return {**figures, "resumed": chain[-1]} if chain else figures
+
+
+@dataclass(frozen=True, eq=False)
+class _Loop:
+    """A run: what it trains, with what, and where it keeps what. `kept` is saved with the state."""
+
+    part: Part
+    options: TrainOptions
+    machine: Machine
+    folder: Path
+    between: Between
+    state: State
+    log: logs.Log
+    kept: Mapping[str, Any]
+
+    def run(self, batch: Callable[[int], Batch], steps: range) -> dict[str, Any]:
+        """The steps, and what is due between them. Returns the figures of the last."""
+        micro, most = self.options.gradient_accumulation_steps, self.options.max_train_steps
+        batches = ahead(batch, range(steps.start * micro, steps.stop * micro))
+        figures: dict[str, Any] = {}
+        with _interruptible() as interrupted:
+            if not steps.start:
+                self.evaluate(0, False)
+            for step in steps:
+                started = time.perf_counter()
+                figures = self.step([next(batches) for _ in range(micro)], step)
+                self.state.average(self.options.ema_decay, step)
+                self.log.write({**figures, "seconds": round(time.perf_counter() - started, 4)})
+                self.between.on_step("train", step + 1, most)
+                last = step + 1 == steps.stop
+                self.evaluate(step + 1, last)
+                stop = interrupted()
+                if _due(self.options.checkpointing_steps, step + 1, last or stop):
+                    self.save(step + 1)
+                if stop:
+                    raise KeyboardInterrupt
+                self.show(step + 1, last)
         return figures
-    micro = options.gradient_accumulation_steps
-    batches = ahead(batch, range(done * micro, options.max_train_steps * micro))
-    with _interruptible() as interrupted, (folder / LOG).open("a") as log:
-        for step in range(done, options.max_train_steps):
-            started = time.perf_counter()
-            figures = _step(part, batches, options, machine, step, state)
-            state.average(options.ema_decay, step)
-            figures["seconds"] = round(time.perf_counter() - started, 4)
-            log.write(json.dumps(figures) + "\n")
-            on_step("train", step + 1, options.max_train_steps)
-            last = step + 1 == options.max_train_steps
-            if last or interrupted() or (step + 1) % options.checkpointing_steps == 0:
-                log.flush()
-                state.save(folder / STATE, step + 1, options.seed)
-                with state.averaged():
-                    export(part.modules)
-            if interrupted():
-                raise KeyboardInterrupt
-    return figures
+
+    def step(self, batches: list[Batch], step: int) -> dict[str, Any]:
+        """One optimizer step over some batches; its loss is the mean over all their clips."""
+        scaler, most = self.state.scaler, self.options.max_grad_norm or math.inf
+        loss = gradients(self.part, batches, self.options, self.machine, step, scaler)
+        for optimizer in self.state.optimizers:
+            scaler.unscale_(optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(self.state.trained.values(), most).item()
+        if not scaler.is_enabled() and not math.isfinite(norm):  # else the scaler skips the step and scales less
+            names = _guilty(self.part, batches, self.options, self.machine, step)
+            raise _not_finite("norm of the gradients", norm, step, names)
+        rate = learning_rate(self.options, step) * batches[0].get("rate", 1.0)
+        for optimizer in self.state.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            scaler.step(optimizer)
+            optimizer.zero_grad(set_to_none=True)
+        scaler.update()
+        return {"step": step + 1, "loss": loss, "grad_norm": norm, "learning_rate": rate}
+
+    def evaluate(self, step: int, last: bool) -> None:
+        """Log the loss on what is held out, where that is due."""
+        if self.between.held and _due(self.options.eval_steps, step, last):
+            held = [partial(_fetched, make, self.machine) for make in self.between.held]
+            with self.state.resting(), autocast(self.options, self.machine):
+                self.log.write({"step": step, **evaluate(self.part, held, self.options.seed)})
+
+    def save(self, step: int) -> None:
+        """Save the state, then the weights."""
+        self.log.flush()
+        self.state.save(self.folder / STATE, {**self.kept, "step": step})
+        self.export()
+
+    def export(self) -> None:
+        """Write the weights, or their moving average."""
+        with self.state.averaged():
+            self.between.export(self.part.modules)
+
+    def show(self, step: int, last: bool) -> None:
+        """Show what the networks do, where that is due."""
+        if self.between.show is not None and _due(self.options.validation_steps, step, last):
+            with self.state.resting(), self.state.parked(), autocast(self.options, self.machine):
+                self.between.show(step)
 
 
-def learning_rate(options: TrainOptions, step: int) -> float:
-    """The learning rate of a step, counted from 0."""
-    if step < options.lr_warmup_steps:
-        return options.learning_rate * (step + 1) / options.lr_warmup_steps
-    span = max(1, options.max_train_steps - options.lr_warmup_steps)
-    u = (step - options.lr_warmup_steps) / span
-    shapes = {"constant": 1.0, "linear": 1.0 - u, "cosine": 0.5 * (1 + math.cos(math.pi * u))}
-    return options.learning_rate * shapes[options.lr_scheduler]
+def _due(every: int, step: int, last: bool) -> bool:
+    return bool(every) and (last or step % every == 0)
 
 
-def _step(
-    part: Part, batches: Iterator[Batch], options: TrainOptions, machine: Machine, step: int, state: _State
-) -> dict[str, Any]:
-    """One optimizer step over `gradient_accumulation_steps` batches; the loss is their mean."""
-    micro, total = options.gradient_accumulation_steps, 0.0
-    names: list[str] = []
-    for k in range(micro):
-        batch = {n: v.to(machine.device) if isinstance(v, Tensor) else v for n, v in next(batches).items()}
-        batch["progress"] = step
-        names += map(str, batch.get("keys", ()))
-        noise = seeded(options.seed, "noise", step, k)
-        torch.manual_seed(noise.initial_seed())  # for dropout
-        with _autocast(options, machine):
-            loss = part.loss(batch, noise) / micro
-        total += _finite("loss", loss.item(), step, names)
-        state.scaler.scale(loss).backward()
-    for optimizer in state.optimizers:
-        state.scaler.unscale_(optimizer)
-    norm = torch.nn.utils.clip_grad_norm_(state.trained.values(), options.max_grad_norm or math.inf).item()
-    if not state.scaler.is_enabled():  # the scaler leaves out a step that overflowed, and lowers its scale
-        _finite("norm of the gradients", norm, step, names)
-    rate = learning_rate(options, step)
-    for optimizer in state.optimizers:
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        state.scaler.step(optimizer)
-        optimizer.zero_grad(set_to_none=True)
-    state.scaler.update()
-    return {"step": step + 1, "loss": total, "grad_norm": norm, "learning_rate": rate}
+def gradients(
+    part: Part,
+    batches: Sequence[Batch],
+    options: TrainOptions,
+    machine: Machine,
+    step: int,
+    scaler: torch.amp.GradScaler,
+) -> float:
+    """Add to the gradients those of the mean loss over all clips of `batches`, however they are spread. Returns it.
+
+    With explicit uniform sampling batch k draws its times from the k-th part of their distribution
+    (arXiv:2408.06072, section 2). Raises VgenError, naming the clips, where the loss is not finite.
+    """
+    clips, total = sum(map(_count, batches)), 0.0
+    for k, batch in enumerate(batches):
+        loss = _loss(part, batch, options, machine, step, (k, len(batches))) * (_count(batch) / clips)
+        value = loss.item()
+        if not math.isfinite(value):
+            raise _not_finite("loss", value, step, _guilty(part, [batch], options, machine, step))
+        total += value
+        scaler.scale(loss).backward()
+    return total
 
 
-def _finite(what: str, value: float, step: int, names: list[str]) -> float:
-    """The value. Raises VgenError, naming the clips, where it is not finite."""
-    if math.isfinite(value):
-        return value
-    raise VgenError(
-        f"The {what} became {value} at step {step + 1}, on: {', '.join(names)}.",
-        "Lower --learning-rate, or look at these clips; --resume goes on from the last saved state.",
-    )
+def _loss(
+    part: Part, batch: Batch, options: TrainOptions, machine: Machine, step: int, share: tuple[int, int]
+) -> Tensor:
+    """The loss of a batch, the share[0]-th of share[1] of its step."""
+    noise = seeded(options.seed, "noise", step, share[0])
+    torch.manual_seed(noise.initial_seed())  # for dropout
+    explicit = options.timestep_sampling == "explicit-uniform"
+    told = {**_moved(batch, machine), "progress": step, "share": share if explicit else None}
+    with autocast(options, machine):
+        return part.loss(told, noise)
 
 
-def _autocast(options: TrainOptions, machine: Machine) -> Any:
+def _count(batch: Batch) -> int:
+    """Clips in a batch."""
+    return len(batch.get("keys", ())) or 1
+
+
+def _moved(batch: Batch, machine: Machine) -> Batch:
+    return {n: v.to(machine.device) if isinstance(v, Tensor) else v for n, v in batch.items()}
+
+
+def _fetched(make: Callable[[], Batch], machine: Machine) -> Batch:
+    return _moved(make(), machine)
+
+
+def autocast(options: TrainOptions, machine: Machine) -> Any:
+    """The precision of the forward pass."""
     if options.mixed_precision == "no":
         return nullcontext()
     return torch.autocast(machine.device.type, DTYPES[options.mixed_precision])
 
 
-def _shorten(path: Path, steps: int) -> dict[str, Any]:
-    """Cut the log back to the steps that the state has seen. Returns the figures of the last of them."""
-    lines = path.read_text().splitlines(keepends=True)[:steps] if path.exists() else []
-    with replacing(path) as file:
-        file.write("".join(lines).encode())
-    return dict(json.loads(lines[-1])) if lines else {"step": steps}
+def _not_finite(what: str, value: float, step: int, names: Sequence[str]) -> VgenError:
+    return VgenError(
+        f"The {what} became {value} at step {step + 1}, on: {', '.join(names)}.",
+        "Lower --learning-rate, or look at these clips; --resume goes on from the last saved state.",
+    )
 
 
-@dataclass(frozen=True, eq=False)
-class _State:
-    """What a run changes. `ema` is the moving average of `trained`, `own` what the part keeps by itself."""
+def _guilty(part: Part, batches: Sequence[Batch], options: TrainOptions, machine: Machine, step: int) -> list[str]:
+    """The clips that by themselves have a loss or a gradient that is not finite; all of them where none has."""
+    names = [str(key) for batch in batches for key in batch.get("keys", ())]
+    found = []
+    for batch in batches if len(names) > 1 else ():
+        count = _count(batch)
+        for i in range(count):
+            alone = {n: v[i : i + 1] if _one_each(v, count) else v for n, v in batch.items()}
+            loss = _loss(part, alone, options, machine, step, (0, 1))
+            weights = [p for m in part.modules.values() for p in m.parameters() if p.requires_grad]
+            grads = torch.autograd.grad(loss, weights, allow_unused=True)
+            if not all(bool(one.isfinite().all()) for one in (loss, *grads) if one is not None):
+                found.append(str(batch["keys"][i]))
+    return found or names
 
-    modules: nn.ModuleDict
-    trained: dict[str, nn.Parameter]
-    optimizers: list[torch.optim.Optimizer]
-    scaler: torch.amp.GradScaler
-    ema: dict[str, Tensor]
-    own: Mapping[str, Tensor]
 
-    @classmethod
-    def of(cls, part: Part, options: TrainOptions, machine: Machine) -> _State:
-        """The state before the first step, on the device."""
-        modules = nn.ModuleDict(dict(part.modules)).to(machine.device)
-        trained = {name: p for name, p in modules.named_parameters() if p.requires_grad}
-        scaler = torch.amp.GradScaler(machine.device.type, enabled=options.mixed_precision == "fp16")
-        ema = {n: p.detach().clone() for n, p in trained.items()} if options.ema_decay else {}
-        return cls(
-            modules, trained, optimizers(trained, options, machine.device), scaler, ema, getattr(part, "state", {})
-        )
-
-    def _owner(self, p: nn.Parameter) -> torch.optim.Optimizer:
-        return next(o for o in self.optimizers if any(p is q for group in o.param_groups for q in group["params"]))
-
-    @torch.no_grad()
-    def average(self, decay: float, step: int) -> None:
-        """Move the average towards the weights; a young one forgets faster, so that it does not keep the start."""
-        if self.ema:
-            d = min(decay, (1 + step) / (10 + step))
-            torch._foreach_lerp_(list(self.ema.values()), [p.detach() for p in self.trained.values()], 1 - d)
-
-    @contextmanager
-    def averaged(self) -> Iterator[None]:
-        """Have the moving average, where one is kept, in the networks for a while."""
-        kept = {name: self.trained[name].data for name in self.ema}
-        for name, average in self.ema.items():
-            self.trained[name].data = average
-        try:
-            yield
-        finally:
-            for name, weight in kept.items():
-                self.trained[name].data = weight
-
-    def save(self, path: Path, step: int, seed: int | None) -> None:
-        """Write everything to one file, atomically."""
-        tensors = {f"weights/{n}": t for n, t in self.modules.state_dict().items()}
-        tensors |= {f"ema/{n}": t for n, t in self.ema.items()} | {f"own/{n}": t for n, t in self.own.items()}
-        for name, p in self.trained.items():
-            tensors |= {f"optimizer/{name}/{k}": t for k, t in self._owner(p).state[p].items()}
-        told = {"format": "vgen-training/1", "step": step, "seed": seed, "scaler": self.scaler.state_dict()}
-        save_tensors(path, tensors, told)
-
-    def restore(self, path: Path, seed: int | None) -> int:
-        """Load the saved state, if there is one. Returns the steps done. Raises VgenError where it does not fit."""
-        if not path.exists():
-            return 0
-        tensors, record = load_tensors(path)
-        if record.get("seed", seed) != seed:
-            do = f"Resume with --seed {record['seed']}: it decides the order of the data."
-            raise UsageError(f"{path} is of a run with another seed.", do)
-        held: dict[str, dict[str, Tensor]] = {"weights": {}, "ema": {}, "own": {}, "optimizer": {}}
-        for name, tensor in tensors.items():
-            kind, _, rest = name.partition("/")
-            held[kind][rest] = tensor
-        have = {n: t.shape for n, t in held["weights"].items()}
-        if have != {n: t.shape for n, t in self.modules.state_dict().items()}:
-            raise VgenError(f"{path} holds the state of another network.", "Resume with the settings it had.")
-        if held["ema"].keys() != self.ema.keys():
-            was = "with" if held["ema"] else "without"
-            raise VgenError(f"{path} was trained {was} --ema-decay.", "Resume with the settings it had.")
-        self.modules.load_state_dict(held["weights"])
-        for kind, mine in (("ema", self.ema), ("own", self.own)):
-            for name in held[kind].keys() & mine.keys():
-                mine[name].copy_(held[kind][name])
-        for name, p in self.trained.items():
-            prefix = f"{name}/"
-            its = {n.removeprefix(prefix): t for n, t in held["optimizer"].items() if n.startswith(prefix)}
-            self._owner(p).state[p] = {n: t.to(p.device) for n, t in its.items()}
-        if self.scaler.is_enabled() and record.get("scaler"):
-            self.scaler.load_state_dict(record["scaler"])
-        return int(record["step"])
+def _one_each(value: Any, count: int) -> bool:
+    """Whether a value of a batch has an entry for each clip."""
+    return isinstance(value, (list, Tensor)) and len(value) == count
 
 
 @contextmanager

@@ -42,6 +42,7 @@ class UNet:
         """Mean square error of a batch: 'latents' (B, C, T, H, W) scaled, 'text' (B, L, D) or 'captions', 'mask'."""
         text = self.embed(batch["captions"]) if self.embed is not None else batch["text"]
         weight = emphasis(batch, self.mask_weight, self.mask_steps)
+        x, share = batch["latents"], batch.get("share", (0, 1))
         return diffusion.loss(
-            self.predict, self.process, self.output, batch["latents"], {"text": text}, generator, weight=weight
+            self.predict, self.process, self.output, x, {"text": text}, generator, weight=weight, share=share
         )
