@@ -6,16 +6,17 @@ Nothing here imports torch: help, completion, `families` and `--dry-run` read ca
 from __future__ import annotations
 
 import importlib
+import json
 import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import cache, partial
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from vgen.errors import UsageError, VgenError, did_you_mean
-from vgen.options import RunOptions, flag
+from vgen.options import READ_ON, RunOptions, flag
 
 GROUP = "vgen.families"
 Chosen = TypeVar("Chosen", bound=RunOptions)
@@ -69,11 +70,20 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class PartCard:
-    """A network of a family that can be trained by itself, and what it is trained on."""
+    """A network of a family that can be trained by itself, and what it is trained on.
+
+    `options` are those that it reads and other parts do not, beside those of all parts on such data.
+    """
 
     name: str
     summary: str
-    trains_on: str = "latents"  # or "pixels"
+    trains_on: Literal["latents", "pixels"] = "latents"
+    options: tuple[str, ...] = ()
+
+    @property
+    def own(self) -> tuple[str, ...]:
+        """All options that not every part reads, and this one does."""
+        return (*READ_ON[self.trains_on], *self.options)
 
 
 def _nothing(options: Any, checkpoint: Checkpoint) -> None:
@@ -180,8 +190,47 @@ def resolve(card: Family, options: Chosen, checkpoint: Checkpoint) -> Chosen:
     for name, rule in checkpoint.rules.items():
         if name in names and getattr(full, name) is not None:
             rule.check(name, getattr(full, name))
+    _check_part(card, full, checkpoint)
     card.check(full, checkpoint)
     return full
+
+
+def _check_part(card: Family, options: Any, checkpoint: Checkpoint) -> None:
+    """Refuse training options that only other parts read. Raises UsageError."""
+    usual = {f.name: f.default for f in fields(options)} | dict(checkpoint.defaults)
+    own = {part.name: part.own for part in card.parts}
+    read = own.get(getattr(options, "part", ""))
+    if read is None:
+        return
+    for name in (name for names in own.values() for name in names if name in usual and name not in read):
+        if getattr(options, name) not in (usual[name], None):
+            raise UsageError(f"{flag(name)} does nothing for --part {options.part}.", "Leave it out.")
+
+
+def read_config(folder: Path, name: str, kind: str) -> dict[str, Any]:
+    """A configuration of a folder that should hold a checkpoint of `kind`. Raises VgenError."""
+    try:
+        return dict(json.loads((folder / name).read_text()))
+    except (OSError, ValueError) as error:
+        raise VgenError(
+            f"{folder} is not a {kind} checkpoint: {name} cannot be read ({error}).",
+            "A checkpoint is a folder in diffusers' layout: model_index.json, and a folder for each network.",
+        ) from error
+
+
+def described(
+    folder: Path, modes: tuple[str, ...], defaults: Mapping[str, Any], rules: Mapping[str, Rule]
+) -> Checkpoint:
+    """The checkpoint in a folder that no card names, with what its vgen.json, if any, tells. Raises VgenError."""
+    extra = read_config(folder, "vgen.json", "vgen") if (folder / "vgen.json").exists() else {}
+    return Checkpoint(
+        tag=str(extra.get("tag", folder.name)),
+        license=str(extra.get("license", "")),
+        summary=str(extra.get("summary", "")),
+        modes=modes,
+        defaults={**defaults, **extra.get("defaults", {})},
+        rules=rules,
+    )
 
 
 def fetch(target: str) -> Any:

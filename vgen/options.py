@@ -158,6 +158,26 @@ class TrainOptions(RunOptions):
     caption_dropout: float = opt(0.1, help="Share of clips trained without caption.", low=0.0, high=1.0)
 
 
+READ_ON = {  # training options that only parts on such data read
+    "latents": ("train_text_encoder", "mask_weight", "mask_steps", "caption_dropout"),
+    "pixels": ("num_frames", "height", "width", "l1_weight", "kl_weight"),
+}
+
+
+@dataclass(kw_only=True)
+class FinetuneOptions(TrainOptions):
+    """All weights of a part: a denoiser on latents, or an autoencoder on pixels."""
+
+    from_scratch: bool = opt(False, help="Start the part from random weights of the checkpoint's configuration.")
+    mask_weight: float = opt(0.0, help="Extra loss weight where clips carry an object mask.", low=0.0)
+    mask_steps: int = opt(0, help="Steps over which that weight fades to nothing.", low=0)
+    num_frames: int | None = opt(None, short="-n", help="autoencoder: frames per clip.", low=1)
+    height: int | None = opt(None, help="autoencoder: height in pixels.", low=1)
+    width: int | None = opt(None, help="autoencoder: width in pixels.", low=1)
+    l1_weight: float = opt(0.2, help="autoencoder: weight of the L1 term beside the squared error.", low=0.0)
+    kl_weight: float = opt(1e-6, help="autoencoder: weight of the KL term.", low=0.0)
+
+
 @dataclass(kw_only=True)
 class LoraOptions(TrainOptions):
     """Low-rank adapters on chosen layers."""

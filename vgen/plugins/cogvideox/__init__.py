@@ -5,14 +5,13 @@ Paper: arXiv:2408.06072. This file is the card: options, checkpoints and rules. 
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from vgen.errors import UsageError, VgenError
-from vgen.family import Checkpoint, Family, PartCard, Rule
-from vgen.options import DecodeOptions, EncodeOptions, SampleOptions, TrainOptions, arg, flag, opt
+from vgen.errors import UsageError
+from vgen.family import Checkpoint, Family, PartCard, Rule, described, read_config
+from vgen.options import DecodeOptions, EncodeOptions, FinetuneOptions, SampleOptions, arg, opt
 
 
 @dataclass(kw_only=True)
@@ -42,25 +41,14 @@ class Encode(EncodeOptions):
 
 
 @dataclass(kw_only=True)
-class Finetune(TrainOptions):
+class Finetune(FinetuneOptions):
     """Options of `vgen finetune cogvideox`."""
 
     part: Literal["transformer", "autoencoder"] = opt("transformer", help="Which network to train.")
-    from_scratch: bool = opt(False, help="Start the part from random weights of the checkpoint's configuration.")
     train_text_encoder: bool = opt(False, help="Train the text encoder along (checkpoints with a small one).")
-    mask_weight: float = opt(0.0, help="Extra loss weight where clips carry an object mask.", low=0.0)
-    mask_steps: int = opt(0, help="Steps over which that weight fades to nothing.", low=0)
-    num_frames: int | None = opt(None, short="-n", help="autoencoder: frames per clip.", low=1)
-    height: int | None = opt(None, help="autoencoder: height in pixels.", low=1)
-    width: int | None = opt(None, help="autoencoder: width in pixels.", low=1)
-    l1_weight: float = opt(0.2, help="autoencoder: weight of the L1 term beside the squared error.", low=0.0)
-    kl_weight: float = opt(1e-6, help="autoencoder: weight of the KL term.", low=0.0)
 
 
-OF_PART = {  # settings that only one part reads
-    "transformer": ("train_text_encoder", "mask_weight", "mask_steps", "caption_dropout"),
-    "autoencoder": ("num_frames", "height", "width", "l1_weight", "kl_weight"),
-}
+KIND = "CogVideoX"
 LICENSE_5B = "other (CogVideoX license: research free, commercial use by registration)"
 
 
@@ -107,23 +95,11 @@ CHECKPOINTS = (
 )
 
 
-def _config(folder: Path, name: str) -> dict[str, Any]:
-    path = folder / name
-    try:
-        read = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise VgenError(
-            f"{folder} is not a CogVideoX checkpoint: {name} cannot be read ({error}).",
-            "A checkpoint is a folder in diffusers' layout: model_index.json, transformer/, vae/, text_encoder/, ...",
-        ) from error
-    return dict(read)
-
-
 def describe(folder: Path) -> Checkpoint:
     """What a folder in diffusers' layout was made for, read from its configurations. Raises VgenError."""
-    transformer, vae = _config(folder, "transformer/config.json"), _config(folder, "vae/config.json")
-    scheduler = _config(folder, "scheduler/scheduler_config.json")
-    extra = _config(folder, "vgen.json") if (folder / "vgen.json").exists() else {}
+    transformer = read_config(folder, "transformer/config.json", KIND)
+    vae = read_config(folder, "vae/config.json", KIND)
+    scheduler = read_config(folder, "scheduler/scheduler_config.json", KIND)
     strides = 2 ** (len(vae["block_out_channels"]) - 1)
     size = strides * transformer["patch_size"]
     step = 2 * int(vae["temporal_compression_ratio"]) * (transformer.get("patch_size_t") or 1)
@@ -131,10 +107,8 @@ def describe(folder: Path) -> Checkpoint:
     native = {"height": transformer["sample_height"] * strides, "width": transformer["sample_width"] * strides}
     num_frames = transformer["sample_frames"]
     fixed = bool(transformer.get("use_learned_positional_embeddings"))
-    return Checkpoint(
-        tag=str(extra.get("tag", folder.name)),
-        license=str(extra.get("license", "")),
-        summary=str(extra.get("summary", "")),
+    return described(
+        folder,
         modes=IMAGE if image else TEXT,
         defaults={
             "num_frames": num_frames,
@@ -144,7 +118,6 @@ def describe(folder: Path) -> Checkpoint:
             "guidance_scale": 6.0,
             "sampler": "dpm" if "DPM" in scheduler["_class_name"] else "ddim",
             "window": num_frames,
-            **extra.get("defaults", {}),
         },
         rules={
             "num_frames": Rule(step, 1, low=num_frames, high=num_frames) if fixed else Rule(step, 1),
@@ -166,11 +139,7 @@ def check(options: Any, checkpoint: Checkpoint) -> None:
 
 
 def _check_finetune(options: Finetune, checkpoint: Checkpoint) -> None:
-    """Refuse settings of the other part, and what cannot be trained yet."""
-    usual = {f.name: f.default for f in fields(Finetune)} | dict(checkpoint.defaults)
-    for name in OF_PART["transformer" if options.part == "autoencoder" else "autoencoder"]:
-        if getattr(options, name) not in (usual[name], None):
-            raise UsageError(f"{flag(name)} does nothing for --part {options.part}.", "Leave it out.")
+    """Refuse what cannot be trained yet."""
     if options.part == "transformer" and "image" in checkpoint.modes:
         raise UsageError(
             f"The transformer of '{checkpoint.tag}' starts from images, and cannot be fine-tuned yet.",

@@ -5,14 +5,13 @@ Paper: arXiv:2112.10752. This file is the card: options, checkpoints and rules. 
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from vgen.errors import UsageError, VgenError
-from vgen.family import Checkpoint, Family, PartCard, Rule
-from vgen.options import DecodeOptions, EncodeOptions, SampleOptions, TrainOptions, arg, flag, opt
+from vgen.family import Checkpoint, Family, PartCard, Rule, described, read_config
+from vgen.options import DecodeOptions, EncodeOptions, FinetuneOptions, SampleOptions, arg, opt
 
 
 @dataclass(kw_only=True)
@@ -27,25 +26,14 @@ class Sample(SampleOptions):
 
 
 @dataclass(kw_only=True)
-class Finetune(TrainOptions):
+class Finetune(FinetuneOptions):
     """Options of `vgen finetune sd`."""
 
     part: Literal["unet", "autoencoder"] = opt("unet", help="Which network to train.")
-    from_scratch: bool = opt(False, help="Start the part from random weights of the checkpoint's configuration.")
     train_text_encoder: bool = opt(False, help="Train the text encoder along.")
-    mask_weight: float = opt(0.0, help="Extra loss weight where clips carry an object mask.", low=0.0)
-    mask_steps: int = opt(0, help="Steps over which that weight fades to nothing.", low=0)
-    num_frames: int | None = opt(None, short="-n", help="autoencoder: frames per clip.", low=1)
-    height: int | None = opt(None, help="autoencoder: height in pixels.", low=1)
-    width: int | None = opt(None, help="autoencoder: width in pixels.", low=1)
-    l1_weight: float = opt(0.2, help="autoencoder: weight of the L1 term beside the squared error.", low=0.0)
-    kl_weight: float = opt(1e-6, help="autoencoder: weight of the KL term.", low=0.0)
 
 
-OF_PART = {  # settings that only one part reads
-    "unet": ("train_text_encoder", "mask_weight", "mask_steps", "caption_dropout"),
-    "autoencoder": ("num_frames", "height", "width", "l1_weight", "kl_weight"),
-}
+KIND = "Stable Diffusion"
 
 
 def _native(size: int, low: int, step: int) -> dict[str, Any]:
@@ -76,22 +64,9 @@ CHECKPOINTS = (
 )
 
 
-def _config(folder: Path, name: str) -> dict[str, Any]:
-    path = folder / name
-    try:
-        read = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise VgenError(
-            f"{folder} is not a Stable Diffusion checkpoint: {name} cannot be read ({error}).",
-            "A checkpoint is a folder in diffusers' layout: model_index.json, unet/, vae/, text_encoder/, ...",
-        ) from error
-    return dict(read)
-
-
 def describe(folder: Path) -> Checkpoint:
     """What a folder in diffusers' layout was made for, read from its configurations. Raises VgenError."""
-    unet, vae = _config(folder, "unet/config.json"), _config(folder, "vae/config.json")
-    extra = _config(folder, "vgen.json") if (folder / "vgen.json").exists() else {}
+    unet, vae = read_config(folder, "unet/config.json", KIND), read_config(folder, "vae/config.json", KIND)
     if unet["in_channels"] != vae["latent_channels"]:
         raise VgenError(
             f"The U-Net of {folder} takes {unet['in_channels']} channels, its latents have {vae['latent_channels']}.",
@@ -99,21 +74,13 @@ def describe(folder: Path) -> Checkpoint:
         )
     stride = 2 ** (len(vae["block_out_channels"]) - 1)
     native = _native(unet["sample_size"] * stride, stride * 2 ** (len(unet["block_out_channels"]) - 1), stride)
-    return Checkpoint(
-        tag=str(extra.get("tag", folder.name)),
-        license=str(extra.get("license", "")),
-        summary=str(extra.get("summary", "")),
-        defaults={**native["defaults"], **extra.get("defaults", {})},
-        rules=native["rules"],
-    )
+    return described(folder, modes=("text",), **native)
 
 
 def check(options: Any, checkpoint: Checkpoint) -> None:
     """Refuse settings that cannot go together, or would do nothing, before weights load. Raises UsageError."""
     if isinstance(options, Sample):
         _check_sample(options)
-    if isinstance(options, Finetune):
-        _check_finetune(options, checkpoint)
 
 
 def _check_sample(options: Sample) -> None:
@@ -123,15 +90,6 @@ def _check_sample(options: Sample) -> None:
         raise UsageError("--eta belongs to DDIM; this runs DPM-Solver++.", "Leave it out, or give --sampler ddim.")
     if options.negative_prompt and options.guidance_scale == 1:
         raise UsageError("--negative-prompt does nothing at --guidance-scale 1.", "Raise the scale.")
-
-
-def _check_finetune(options: Finetune, checkpoint: Checkpoint) -> None:
-    """Refuse settings that only another part reads."""
-    usual = {f.name: f.default for f in fields(Finetune)} | dict(checkpoint.defaults)
-    for part, names in OF_PART.items():
-        for name in names if part != options.part else ():
-            if getattr(options, name) not in (usual[name], None):
-                raise UsageError(f"{flag(name)} does nothing for --part {options.part}.", "Leave it out.")
 
 
 family = Family(
