@@ -101,6 +101,16 @@ def baked(weights: nn.Module, scaling: float) -> dict[str, tuple[Tensor, Tensor]
     return pairs
 
 
+def effect(network: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
+    """A and scaled B of each adapted layer of a network that carries one adapter, fp32."""
+    found = {}
+    for path, layer in _adapted(network):
+        (name,) = layer.lora_A
+        a, b = (part[name].weight.detach().float() for part in (layer.lora_A, layer.lora_B))
+        found[path] = (a, layer.scaling[name] * b)
+    return found
+
+
 def merge(network: nn.Module) -> None:
     """Add the changes of all adapters, at their scales, to the weights, and take the adapters off."""
     for path, layer in list(_adapted(network)):

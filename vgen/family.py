@@ -92,7 +92,11 @@ def _nothing(options: Any, checkpoint: Checkpoint) -> None:
 
 @dataclass(frozen=True)
 class Family:
-    """The card of a family. `load` is "module:function", called as load(folder, checkpoint, machine) -> Model."""
+    """The card of a family. `load` is "module:function", called as load(folder, checkpoint, machine) -> Model.
+
+    `lora_targets` are the layers that train-lora adapts when none are named. `comfy_names` are pairs (pattern, word)
+    that turn a layer's name into ComfyUI's own; None where ComfyUI takes the names of diffusers.
+    """
 
     name: str
     summary: str
@@ -104,6 +108,7 @@ class Family:
     demo: Path | None = None
     default: str = ""
     lora_targets: tuple[str, ...] = ()
+    comfy_names: tuple[tuple[str, str], ...] | None = None
     check: Callable[[Any, Checkpoint], None] = _nothing
     describe: Callable[[Path], Checkpoint] | None = None
     examples: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
@@ -197,7 +202,7 @@ def resolve(card: Family, options: Chosen, checkpoint: Checkpoint) -> Chosen:
 
 def _check_part(card: Family, options: Any, checkpoint: Checkpoint) -> None:
     """Refuse training options that only other parts read. Raises UsageError."""
-    usual = {f.name: f.default for f in fields(options)} | dict(checkpoint.defaults)
+    usual = {f.name: checkpoint.defaults.get(f.name, f.default) for f in fields(options)}
     own = {part.name: part.own for part in card.parts}
     read = own.get(getattr(options, "part", ""))
     if read is None:

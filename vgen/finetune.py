@@ -15,16 +15,41 @@ from vgen.errors import UsageError
 from vgen.export import export
 from vgen.family import Family
 from vgen.machine import DTYPES, Machine
-from vgen.model import Model, OnStep
+from vgen.model import Model, OnStep, Part
 from vgen.store import Store
 
 
-def finetune(
-    card: Family, model: Model, base: Path, options: Any, machine: Machine, on_step: OnStep = lambda name, i, n: None
-) -> dict[str, Any]:
-    """Train the part `options.part` and write the checkpoint `options.output`; its state lies in output/training.
+Export = Callable[[Mapping[str, nn.Module]], None]  # writes what has been trained, by the names of Part.modules
+Ready = Callable[[Family, Model, Path, Any], tuple[Part, Export]]
 
-    `base` is the folder of the checkpoint that is trained further. Returns the figures of the last step.
+
+def whole(card: Family, model: Model, base: Path, options: Any) -> tuple[Part, Export]:
+    """The part `options.part`, ready to train as a whole, and what exports it as a checkpoint."""
+    part, output = model.part(options.part, options), Path(options.output)
+
+    def save(networks: Mapping[str, nn.Module]) -> None:
+        settle = getattr(part, "settle", None)
+        if settle is not None:
+            settle()
+        manifest = {"format": "vgen-checkpoint/1", "family": card.name, "tag": output.name, "part": options.part}
+        export(base, networks, output, manifest, DTYPES[options.save_dtype])
+
+    return part, save
+
+
+def finetune(
+    card: Family,
+    model: Model,
+    base: Path,
+    options: Any,
+    machine: Machine,
+    on_step: OnStep = lambda name, i, n: None,
+    ready: Ready = whole,
+) -> dict[str, Any]:
+    """Train the part `options.part` and write the folder `options.output`; the state lies in output/training.
+
+    `base` is the folder of the checkpoint that is trained further; `ready` says what of it trains, and how that is
+    written. Returns the figures of the last step.
     Raises UsageError where the output is not empty and neither --resume nor --overwrite says what to do with it.
     """
     output = Path(options.output)
@@ -35,17 +60,9 @@ def finetune(
             "--resume goes on with the run in it, --overwrite starts anew; or choose another.",
         )
     batch = batches(card, model, options)
-    part = model.part(options.part, options)
+    part, save = ready(card, model, base, options)
     if fresh:
         _clear(output, base)
-
-    def save(networks: Mapping[str, nn.Module]) -> None:
-        settle = getattr(part, "settle", None)
-        if settle is not None:
-            settle()
-        manifest = {"format": "vgen-checkpoint/1", "family": card.name, "tag": output.name, "part": options.part}
-        export(base, networks, output, manifest, DTYPES[options.save_dtype])
-
     return train.fit(part, batch, options, machine, output / "training", train.Between(save, on_step=on_step))
 
 

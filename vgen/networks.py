@@ -17,6 +17,7 @@ from vgen import lean
 from vgen.errors import VgenError
 from vgen.family import fetch
 from vgen.machine import Machine
+from vgen.options import LoraOptions
 
 MEND = "Fetch the checkpoint again, or train it first (--from-scratch)."
 
@@ -95,10 +96,14 @@ class Networks:
 
 
 def prepare(networks: Iterable[Any], options: Any) -> None:
-    """Make networks ready for training as `options` (TrainOptions) say: their weights take gradients."""
+    """Make networks ready for training as `options` (TrainOptions) say: their weights take gradients.
+
+    Under an adapter (LoraOptions) they take none, and keep the precision in which they were loaded.
+    """
+    frozen = isinstance(options, LoraOptions)
     for network in networks:
-        network.requires_grad_(True).train()
-        if options.dtype == "auto":
+        network.requires_grad_(not frozen).train()
+        if options.dtype == "auto" and not frozen:
             network.float()  # small steps vanish in bf16; --mixed-precision makes fp32 fast
         if options.gradient_checkpointing:
             recompute(network)

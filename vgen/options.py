@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 Device = str
 Dtype = Literal["auto", "fp32", "bf16", "fp16"]
@@ -84,6 +84,7 @@ class SampleOptions(RunOptions):
     num_inference_steps: int | None = opt(None, help="Denoising steps.", low=1)
     guidance_scale: float | None = opt(None, help="Classifier-free guidance; 1 turns it off.", low=0.0)
     num_videos_per_prompt: int = opt(1, help="Clips to make of each prompt.", low=1)
+    lora: list[str] = opt([], help="Adapter to add, any number of times.", metavar="PATH[:SCALE]")
     cpu_offload: bool = opt(False, help="Keep on the device only the network at work.", panel="Machine")
     vae_slicing: bool = opt(False, help="Decode one clip at a time.", panel="Machine")
     vae_tiling: bool = opt(False, help="Decode in overlapping tiles.", panel="Machine")
@@ -180,11 +181,24 @@ class FinetuneOptions(TrainOptions):
 
 @dataclass(kw_only=True)
 class LoraOptions(TrainOptions):
-    """Low-rank adapters on chosen layers."""
+    """Low-rank adapters on chosen layers of a frozen network."""
 
-    rank: int = opt(16, help="Rank of the adapter.", low=1)
-    lora_alpha: float | None = opt(None, help="Scale is alpha / rank; alpha = rank when absent.")
-    target_modules: list[str] = opt([], help="Names of the layers to adapt; the family's own when absent.")
+    from_scratch: ClassVar[bool] = False  # an adapter changes a trained network
+    train_text_encoder: ClassVar[bool] = False
+    rank: int | None = opt(None, help="Rank of the adapter; 16, or that of --init-lora, when absent.", low=1)
+    lora_alpha: float | None = opt(None, help="Strength is alpha / rank; alpha = rank when absent.", low=1e-6)
+    lora_dropout: float = opt(0.0, help="Share of an adapter's input left out at random.", low=0.0, high=1.0)
+    target_modules: list[str] = opt(
+        [], help="Layers to adapt, by name, end of name or pattern, any number of times; the family's own when absent."
+    )
+    init_lora: str | None = opt(None, help="Adapter to start from.", metavar="PATH")
+    lora: list[str] = opt([], help="Adapter to train on top of, frozen, any number of times.", metavar="PATH[:SCALE]")
+    mask_weight: float = opt(0.0, help="Extra loss weight where clips carry an object mask.", low=0.0)
+    mask_steps: int = opt(0, help="Steps over which that weight fades to nothing.", low=0)
+    quantize: Literal["nf4", "int8"] | None = opt(None, help="Keep the frozen weights in 4 or 8 bits.", panel="Machine")
+    export: list[Literal["comfy", "kohya"]] = opt(
+        [], help="Also write the adapter under these names.", panel="Output", metavar="comfy|kohya"
+    )
 
 
 @dataclass(kw_only=True)

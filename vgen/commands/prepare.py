@@ -30,6 +30,7 @@ ACTS = {
     "encode": "vgen.commands.encode:run",
     "decode": "vgen.commands.decode:run",
     "finetune": "vgen.commands.finetune:run",
+    "train-lora": "vgen.commands.train_lora:run",
 }
 SOURCES = ("input", "inputs", "data")  # options that name existing files or folders, or 'world:COUNT'
 SETS = ("inputs", "data")  # those of them that may be thousands of files; the stores hash each by itself

@@ -25,13 +25,25 @@ def run(job: Job) -> int:
     for path in paths:
         check_output(path, options.overwrite)
     model = job.card.loader()(job.folder(), job.found.checkpoint, job.machine())
-    for note in model.notes(options):
+    for note in [*model.notes(options), *_adapted(job, model)]:
         job.out.warning(note)
     with job.out.progress() as on_step:
         streams = generate(model, options, on_step)
     for i, path in enumerate(paths):
         _write(job, model, {name: stream[i : i + 1] for name, stream in streams.items()}, path, options.seed + i)
     return 0
+
+
+def _adapted(job: Job, model: Model) -> list[str]:
+    """Put the adapters of --lora on the model, note them in the record, and return what a user should hear of them."""
+    if not job.options.lora:
+        return []
+    from vgen import lora, lora_source
+
+    sources = [lora_source.locate(spec) for spec in job.options.lora]
+    job.run.options = {**job.run.options, "lora": [source.spec for source in sources]}
+    job.run.facts["adapters"] = {source.spec: source.sha256() for source in sources}
+    return lora.use(job.card, model, job.folder(), sources)
 
 
 def _write(job: Job, model: Model, streams: Mapping[str, Tensor], path: Path, seed: int) -> None:

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from vgen.errors import UsageError
 from vgen.family import Checkpoint, Family, PartCard, Rule, described, read_config
-from vgen.options import DecodeOptions, EncodeOptions, FinetuneOptions, SampleOptions, arg, opt
+from vgen.options import DecodeOptions, EncodeOptions, FinetuneOptions, LoraOptions, SampleOptions, arg, opt
 
 
 @dataclass(kw_only=True)
@@ -48,6 +48,21 @@ class Finetune(FinetuneOptions):
     train_text_encoder: bool = opt(False, help="Train the text encoder along (checkpoints with a small one).")
 
 
+@dataclass(kw_only=True)
+class TrainLora(LoraOptions):
+    """Options of `vgen train-lora cogvideox`."""
+
+    part: Literal["transformer"] = opt("transformer", help="Which network to adapt.")
+
+
+COMFY_NAMES = (  # ComfyUI's own model of CogVideoX (comfy/ldm/cogvideo/model.py) names its layers otherwise
+    (r"^transformer_blocks\.", "blocks."),
+    (r"\.attn1\.to_(q|k|v)$", r".\1"),
+    (r"\.attn1\.to_out\.0$", ".attn_out"),
+    (r"\.ff\.net\.0\.proj$", ".ff_proj"),
+    (r"\.ff\.net\.2$", ".ff_out"),
+    (r"^(time|ofs)_embedding\.linear", r"\1_embedding_linear"),
+)
 KIND = "CogVideoX"
 LICENSE_5B = "other (CogVideoX license: research free, commercial use by registration)"
 
@@ -205,7 +220,7 @@ family = Family(
     name="cogvideox",
     summary="Text, image and video to video: a transformer over a causal 3D autoencoder.",
     paper="arXiv:2408.06072",
-    verbs={"encode": Encode, "decode": DecodeOptions, "finetune": Finetune, "sample": Sample},
+    verbs={"encode": Encode, "decode": DecodeOptions, "finetune": Finetune, "train-lora": TrainLora, "sample": Sample},
     load="vgen.plugins.cogvideox.model:load",
     checkpoints=CHECKPOINTS,
     default="2b",
@@ -215,6 +230,7 @@ family = Family(
         PartCard("autoencoder", "the causal 3D autoencoder, on pixels", trains_on="pixels"),
     ),
     lora_targets=("to_q", "to_k", "to_v", "to_out.0"),
+    comfy_names=COMFY_NAMES,
     check=check,
     describe=describe,
     examples={
@@ -229,6 +245,10 @@ family = Family(
         "decode": (
             "vgen decode cogvideox latents.safetensors -o clip.mp4",
             "vgen decode cogvideox latents/ -o clips/clip.mp4 --contact-sheet",
+        ),
+        "train-lora": (
+            "vgen train-lora cogvideox --data latents/ --max-train-steps 1000 -o look/",
+            "vgen train-lora cogvideox --data latents/ --rank 64 --quantize nf4 --export comfy -o look/",
         ),
         "finetune": (
             "vgen finetune cogvideox --data latents/ --max-train-steps 1000 -o tuned/",

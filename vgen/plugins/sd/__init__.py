@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from vgen.errors import UsageError, VgenError
 from vgen.family import Checkpoint, Family, PartCard, Rule, described, read_config
-from vgen.options import DecodeOptions, EncodeOptions, FinetuneOptions, SampleOptions, arg, opt
+from vgen.options import DecodeOptions, EncodeOptions, FinetuneOptions, LoraOptions, SampleOptions, arg, opt
 
 
 @dataclass(kw_only=True)
@@ -31,6 +31,13 @@ class Finetune(FinetuneOptions):
 
     part: Literal["unet", "autoencoder"] = opt("unet", help="Which network to train.")
     train_text_encoder: bool = opt(False, help="Train the text encoder along.")
+
+
+@dataclass(kw_only=True)
+class TrainLora(LoraOptions):
+    """Options of `vgen train-lora sd`."""
+
+    part: Literal["unet"] = opt("unet", help="Which network to adapt.")
 
 
 KIND = "Stable Diffusion"
@@ -96,7 +103,13 @@ family = Family(
     name="sd",
     summary="Text to image: a U-Net over an image autoencoder, the base of families that inflate it.",
     paper="arXiv:2112.10752",
-    verbs={"encode": EncodeOptions, "decode": DecodeOptions, "finetune": Finetune, "sample": Sample},
+    verbs={
+        "encode": EncodeOptions,
+        "decode": DecodeOptions,
+        "finetune": Finetune,
+        "train-lora": TrainLora,
+        "sample": Sample,
+    },
     load="vgen.plugins.sd.model:load",
     checkpoints=CHECKPOINTS,
     default="1.5",
@@ -120,6 +133,10 @@ family = Family(
         "decode": (
             "vgen decode sd latents.safetensors -o image.png",
             "vgen decode sd latents/ -o images/image.png",
+        ),
+        "train-lora": (
+            "vgen train-lora sd --data latents/ --max-train-steps 1000 -o look/",
+            "vgen train-lora sd --data latents/ --rank 32 --export kohya -o look/",
         ),
         "finetune": (
             "vgen finetune sd --data latents/ --max-train-steps 1000 -o tuned/",

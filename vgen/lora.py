@@ -1,0 +1,201 @@
+"""LoRA: trains an adapter on a frozen part of any family, saves it so that it loads elsewhere, and runs adapters."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from vgen import adapter_file, adapters, quant
+from vgen.adapter_file import FOREIGN, WEIGHTS, Adapter, Pairs, Rename, kohya_name
+from vgen.cache import commit
+from vgen.errors import UsageError, VgenError
+from vgen.family import Family
+from vgen.files import replacing
+from vgen.finetune import Export, finetune
+from vgen.latents import file_hash
+from vgen.lora_source import Source, locate
+from vgen.machine import DTYPES, Machine
+from vgen.model import Model, OnStep, Part
+from vgen.record import hash_file
+
+MANIFEST = "vgen.json"
+RANK = 16
+
+
+def train_lora(
+    card: Family, model: Model, base: Path, options: Any, machine: Machine, on_step: OnStep = lambda name, i, n: None
+) -> dict[str, Any]:
+    """Train an adapter on the part `options.part` and write it to the folder `options.output`, beside its state.
+
+    `options` are LoraOptions. Returns the figures of the last step. Raises UsageError, VgenError.
+    """
+    return finetune(card, model, base, options, machine, on_step, adapted)
+
+
+def adapted(card: Family, model: Model, base: Path, options: Any) -> tuple[Part, Export]:
+    """The part with its network frozen and a new adapter on it, which alone trains; and what saves the adapter."""
+    part = model.part(options.part, options)
+    ((name, network),) = part.modules.items()
+    start = _start(options, card, base, name, network)
+    wanted = list(options.target_modules or card.lora_targets)
+    layers = list(start.pairs) if start else adapters.targets(network, wanted)
+    rank = options.rank or (max(start.ranks) if start else RANK)
+    alpha = options.lora_alpha or float(rank)
+    if options.quantize:
+        quant.quantize(network, options.quantize, model.machine.device)
+    network.to(model.machine.device)
+    put_on(network, [locate(spec) for spec in options.lora], card, base, name)
+    weights = adapters.add(network, layers, rank=rank, alpha=alpha, dropout=options.lora_dropout, seed=options.seed)
+    if start:
+        adapters.put(weights, start.pairs, alpha / rank)
+    part.modules = {name: weights}
+    told = {
+        "format": "vgen-adapter/1",
+        "family": card.name,
+        "part": name,
+        "base": {
+            "reference": options.checkpoint or str(base),
+            "revision": commit(base),
+            "hash": file_hash(base / name),
+        },
+        "rank": rank,
+        "alpha": alpha,
+        "targets": wanted,
+        "layers": len(layers),
+        "run": {k: getattr(options, k) for k in ("seed", "max_train_steps", "learning_rate", "init_lora", "lora")},
+    }
+    return part, partial(_save, card, options, network, told)
+
+
+def _start(options: Any, card: Family, base: Path, part: str, network: nn.Module) -> Adapter | None:
+    """The adapter of --init-lora, of the rank that is asked for. Raises UsageError."""
+    if not options.init_lora:
+        return None
+    source = locate(options.init_lora)
+    found = load(source, card, base, part, network)[0]
+    if options.target_modules:
+        raise UsageError(
+            "--target-modules and --init-lora exclude each other: the adapter has its layers.", "Leave one out."
+        )
+    if found.ranks != {options.rank or max(found.ranks)}:
+        ranks = ", ".join(map(str, sorted(found.ranks)))
+        raise UsageError(
+            f"--init-lora {options.init_lora} has rank {ranks}, not {options.rank or 'one for all layers'}.",
+            f"Set --rank {max(found.ranks)}, or start from another."
+            if len(found.ranks) == 1
+            else "Start from another.",
+        )
+    return found
+
+
+def load(source: Source, card: Family, base: Path, part: str, network: nn.Module) -> tuple[Adapter, list[str]]:
+    """The adapter of a source for a network of the checkpoint `base`, and what a user should hear of it.
+
+    Raises UsageError for an adapter that was trained on another family, part or base.
+    """
+    told = adapter_file.about(source.path)
+    if told and (told.get("family"), told.get("part")) != (card.name, part):
+        raise UsageError(
+            f"{source.reference} is an adapter of '{told.get('family')}' ({told.get('part')}), not of '{card.name}'.",
+            f"Run it with: vgen sample {told.get('family')} ... --lora {source.reference}",
+        )
+    of = told.get("base", {})
+    if of and of.get("hash") != file_hash(base / part):
+        raise UsageError(
+            f"{source.reference} is an adapter of {of.get('reference')}, whose weights are not those of {base.name}.",
+            f"Run it on its base: --checkpoint {of.get('reference')}",
+        )
+    adapter = adapter_file.read(source.path, part, adapters.layers(network), _comfy(card))
+    notes = [] if of else [f"{source.reference} does not tell which weights it was trained on; its layers fit."]
+    if adapter.of_text:
+        notes.append(f"{source.reference} also changes the text encoder ({len(adapter.of_text)} weights): not used.")
+    return adapter, notes
+
+
+def use(card: Family, model: Model, base: Path, loras: Iterable[Source]) -> list[str]:
+    """Put adapters on the denoisers that `sample` runs, and return what a user should hear.
+
+    One of scale 0 is checked, and left out: the result then has the same bits as without it.
+    """
+    (name,) = model.base
+    networks = getattr(model, "networks", None)
+    if networks is None:
+        raise UsageError(f"'{card.name}' does not take adapters.", "Leave out --lora.")
+    return put_on(networks.get(name), list(loras), card, base, name)
+
+
+def put_on(network: nn.Module, sources: Sequence[Source], card: Family, base: Path, part: str) -> list[str]:
+    """Put adapters on a network, frozen, and return what a user should hear of them."""
+    heard: list[str] = []
+    dtype = next(p.dtype for p in network.parameters() if p.is_floating_point())
+    for i, source in enumerate(sources):
+        adapter, notes = load(source, card, base, part, network)
+        heard += notes
+        if source.scale:
+            adapters.attach(network, adapter, source.scale, f"lora_{i}", dtype)
+    return heard
+
+
+def _save(
+    card: Family, options: Any, network: nn.Module, told: Mapping[str, Any], parts: Mapping[str, nn.Module]
+) -> None:
+    """Write the adapter and what was asked for beside it, read it back, and only then write what tells of it."""
+    ((name, weights),) = parts.items()
+    folder, dtype = Path(options.output), DTYPES[options.save_dtype]
+    pairs = adapters.baked(weights, told["alpha"] / told["rank"])
+    adapter_file.write(folder / WEIGHTS, name, pairs, told, dtype)
+    _check(folder / WEIGHTS, name, pairs, network, dtype)
+    files = [folder / WEIGHTS]
+    for kind in dict.fromkeys(options.export):
+        files.append(folder / FOREIGN[kind])
+        adapter_file.write_foreign(files[-1], pairs, _comfy(card) if kind == "comfy" else kohya_name, dtype)
+    hashes = {path.name: hash_file(path) for path in files}
+    with replacing(folder / MANIFEST) as file:
+        file.write((json.dumps({**told, "tag": folder.name, "files": hashes}, indent=2) + "\n").encode())
+
+
+def _check(path: Path, part: str, pairs: Pairs, network: Any, dtype: torch.dtype) -> None:
+    """Load a written file into a fresh network by diffusers' reader, and by ours, and compare. Raises VgenError."""
+    fresh = _hollow(network)
+    fresh.load_lora_adapter(path.parent, weight_name=path.name, prefix=part)
+    ours = adapter_file.read(path, part, adapters.layers(fresh)).pairs
+    wanted = {name: tuple(t.to(dtype).float() for t in pair) for name, pair in pairs.items()}
+    for found in (adapters.effect(fresh), ours):
+        same = {name for name, pair in found.items() if name in wanted and all(map(torch.equal, pair, wanted[name]))}
+        if not wanted.keys() == found.keys() == same:
+            raise VgenError(
+                f"{path} does not load as it was trained: {len(same)} of {len(wanted)} layers are the same.",
+                "The state of the run is kept; please report this with the version of diffusers and peft.",
+            )
+
+
+def _hollow(network: Any) -> Any:
+    """A network of the same configuration whose weights are all 0 and take no memory."""
+    with torch.device("meta"):
+        fresh: Any = type(network).from_config(network.config)
+    for module in fresh.modules():
+        for name, p in module._parameters.items():
+            if p is not None:
+                module._parameters[name] = nn.Parameter(torch.zeros(()).expand(p.shape), requires_grad=False)
+    return fresh
+
+
+def _comfy(card: Family) -> Rename:
+    """The names that ComfyUI has for the layers of a family."""
+    if card.comfy_names is None:
+        return kohya_name  # it maps the names of diffusers by itself, under this prefix
+    pairs = card.comfy_names
+
+    def rename(layer: str) -> str:
+        for pattern, word in pairs:
+            layer = re.sub(pattern, word, layer)
+        return f"diffusion_model.{layer}"
+
+    return rename
