@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import sys
+from types import TracebackType
 from typing import Annotated
 
 import typer
+from typer.main import get_command
 
 from vgen import __version__
 from vgen.commands import checkpoints, doctor, families
@@ -14,6 +16,7 @@ from vgen.commands.errors import close_streams, report
 from vgen.commands.pages import Root, noun, plain_app
 from vgen.commands.prepare import perform
 from vgen.commands.surface import verb_group
+from vgen.errors import VgenError
 
 VERBS = {
     "sample": "Text, pictures or clips to clips.",
@@ -52,13 +55,23 @@ def build(completion: bool) -> typer.Typer:
     return app
 
 
+def _unexpected(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Say what ends the process; Python's exit code is then 1."""
+    if isinstance(error, Exception):
+        report(error)
+    else:
+        sys.__excepthook__(kind, error, trace)
+
+
 def main() -> None:
-    """Run the command line. Every error ends here, as a sentence and an exit code."""
+    """Run the command line. Every error ends as a sentence and an exit code: 1 for those that nobody foresaw."""
+    sys.excepthook = _unexpected
     try:
         # Typer 0.29 spends 50 ms on its completion flags even in a command that does not use them
         first = sys.argv[1] if len(sys.argv) > 1 else "-"
-        build(completion=first.startswith("-") or "_VGEN_COMPLETE" in os.environ)(prog_name="vgen")
-    except Exception as error:
+        app = build(completion=first.startswith("-") or "_VGEN_COMPLETE" in os.environ)
+        get_command(app)(prog_name="vgen")  # calling the app itself would put Typer's hook in the place of ours
+    except VgenError as error:
         sys.exit(report(error))
     finally:
         close_streams()

@@ -82,7 +82,7 @@ def perform(verb: str, card: Family, given: dict[str, Any]) -> None:
     except KeyboardInterrupt:
         complain("Interrupted.")
         raise typer.Exit(130) from None
-    except Exception as error:
+    except (MemoryError, OSError, RuntimeError) as error:  # what `explain` can tell more of
         raise explain(error, options) from error
     raise typer.Exit(code)
 
