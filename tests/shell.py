@@ -31,6 +31,7 @@ class Done:
 def environment(**more: str) -> dict[str, str]:
     """A clean environment: no settings of the user's, the toys installed, no network, no GPU."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("VGEN_", "HF_", "_VGEN", "COLUMNS"))}
+    kept |= {"VGEN_HOME": os.environ["VGEN_HOME"]} if "VGEN_HOME" in os.environ else {}  # the tests' own
     fixed = {"VGEN_FAMILIES": FAMILIES, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     return {**kept, "PYTHONPATH": str(TOYS), "HF_HOME": "/nonexistent/hf", **fixed, **more}
 

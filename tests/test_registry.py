@@ -191,7 +191,7 @@ def test_verify_by_the_listing_where_there_are_no_links(hub):
 def test_no_network_and_nothing_cached(tmp_path):
     done = vgen("sample", "toy", "x", "--checkpoint", "toy.big", "-o", tmp_path / "x.mp4", HF_HOME=str(tmp_path / "hf"))
     assert (done.code, done.out) == (1, "")
-    assert "toy.big is not in the cache" in done.err
+    assert "toys/big@main is not in the cache" in done.err
     assert "HF_HUB_OFFLINE is set" in done.err
     assert "--checkpoint demo" in done.err
     assert "Traceback" not in done.err
@@ -257,41 +257,47 @@ FILES = {
 }
 
 
-def download(home: Path, repos: dict[str, dict[str, bytes]], *references: str) -> list:
-    with loopback.hub(repos) as (address, asked):
-        home_and_hub = {"HF_HOME": str(home), "HF_ENDPOINT": address, "HF_HUB_OFFLINE": "0"}
-        done = run([sys.executable, "-c", DOWNLOAD, *references], HF_HUB_DISABLE_XET="1", **home_and_hub)
-        assert done.code == 0, done.err
-        assert not [path for path in asked if path.endswith((".bin", ".py", ".fp16.safetensors", "one.safetensors"))]
+def download(home: Path, server: loopback.Hub, *references: str) -> list:
+    done = run([sys.executable, "-c", DOWNLOAD, *references], **server.environment(home))
+    assert done.code == 0, done.err
+    assert not [path for path in server.asked if path.endswith((".bin", ".py", ".fp16.safetensors", "one.safetensors"))]
     return [json.loads(line) for line in done.out.splitlines()]
 
 
 def test_the_real_client_downloads_what_is_safe_and_pins_it(tmp_path):
-    big, mine, again = download(tmp_path, {"toys/big": FILES, "me/mine": FILES}, "toy.big", "me/mine@main", "big")
+    with loopback.hub({"toys/big": FILES, "me/mine": FILES}) as server:
+        big, mine, again = download(tmp_path, server, "toy.big", "me/mine@main", "big")
+        heads = {name: repo.names["main"] for name, repo in server.repos.items()}
     safe = ["model_index.json", "net/config.json", "net/net.safetensors"]
-    assert big == [f"toys/big@{loopback.SHA}", safe, {"num_frames": 49, "fps": 8.0}]
-    assert mine[:2] == [f"me/mine@{loopback.SHA}", safe]
+    assert big == [f"toys/big@{heads['toys/big']}", safe, {"num_frames": 49, "fps": 8.0}]
+    assert mine[:2] == [f"me/mine@{heads['me/mine']}", safe]
     assert mine[2]["num_frames"] == 9
     assert again == big
 
 
 def test_the_hubs_refusals_say_what_to_do(tmp_path):
     pickled = {name: data for name, data in FILES.items() if "safetensors" not in name}
-    wanted = ("toys/gated", "toys/gone", "toys/old@v9", "me/pickled")
-    gated, gone, old, pickles = download(tmp_path, {"me/pickled": pickled}, *wanted)
+    with loopback.hub({"me/pickled": pickled, "me/old": FILES}) as server:
+        server.add("toys/gated", FILES, gated=True)
+        wanted = ("toys/gated", "toys/gone", "me/old@v9", "me/pickled")
+        gated, gone, old, pickles = download(tmp_path, server, *wanted)
     assert "hf auth login" in gated
     assert "agree" in gated.lower()
     assert "does not exist on the Hub, or is private" in gone
     assert "no revision 'v9'" in old
     assert "can run any code" in pickles
+    assert "net/net.bin" in pickles
 
 
-def test_a_damaged_download_is_not_used(tmp_path):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(loopback.DAMAGE, "net/net.safetensors", WEIGHTS[::-1])
-        (told,) = download(tmp_path, {"toys/big": FILES}, "big")
-    assert "arrived damaged: net/net.safetensors" in told
-    assert "vgen checkpoints remove" in told
+def test_a_damaged_download_is_not_used_and_fetched_anew(tmp_path):
+    with loopback.hub({"toys/big": FILES}) as server:
+        server.damage["net/net.safetensors"] = WEIGHTS[::-1]
+        (told,) = download(tmp_path, server, "big")
+        assert "arrived damaged: net/net.safetensors" in told
+        assert "vgen checkpoints pull" in told
+        server.damage.clear()
+        (well,) = download(tmp_path, server, "big")
+        assert well[0] == f"toys/big@{server.repos['toys/big'].names['main']}"
 
 
 def test_a_reference_without_a_family(hub, tmp_path):

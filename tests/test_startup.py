@@ -34,11 +34,12 @@ except SystemExit as end:
     print(json.dumps([end.code or 0, sorted({name.partition(".")[0] for name in sys.modules})]), file=sys.stderr)
 """
 VERBS = ("sample", "encode", "decode", "finetune", "train-lora", "interpolate", "upscale")
-NOUNS = ("families", "doctor", "checkpoints", "checkpoints list", "checkpoints show", "checkpoints verify")
+REGISTRY = ("list", "show", "verify", "remove", "search", "pull", "push", "export", "import")
+NOUNS = ("families", "doctor", "checkpoints", *(f"checkpoints {name}" for name in REGISTRY))
 PAGES = [
     "--help",
     "-h",
-    *(f"{name} --help" for name in (*VERBS, *NOUNS, "checkpoints remove")),
+    *(f"{name} --help" for name in (*VERBS, *NOUNS)),
     *(f"{verb} {card.name} -h" for card in families()[0] for verb in card.verbs),
 ]
 

@@ -10,11 +10,17 @@ import json
 import os
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-SAFE = ("*/*.safetensors", "*.json", "*.txt", "*.model", "*.md")  # what is downloaded: nothing that can run code
+from vgen.errors import VgenError
+from vgen.files import cache_folder, replacing
+
+ADAPTER = "pytorch_lora_weights.safetensors"
+# What is downloaded: nothing that can run code
+SAFE = ("*/*.safetensors", ADAPTER, "*.json", "*.txt", "*.model", "*.md", "LICENSE", "NOTICE")
 COPIES = ("*.fp16.*", "*.bf16.*", "*.non_ema.*")  # the same weights once more, which are not
 PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -100,47 +106,108 @@ def size(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
+def kind(folder: Path) -> Literal["checkpoint", "adapter", ""]:
+    """What a folder holds, by its files: a checkpoint in diffusers' layout, a LoRA adapter, or neither."""
+    if (folder / "model_index.json").is_file():
+        return "checkpoint"
+    return "adapter" if (folder / ADAPTER).is_file() else ""
+
+
+def manifest(folder: Path) -> dict[str, str]:
+    """The hashes that vgen.json tells of the files beside it: "sha256:...", by path."""
+    told = read_json(folder / "vgen.json").get("files")
+    pairs = told.items() if isinstance(told, Mapping) else ()
+    return {str(name): str(value) if ":" in str(value) else f"sha256:{value}" for name, value in pairs}
+
+
+def listing(folder: Path) -> dict[str, str]:
+    """The hashes that the Hub told of all files of a cached commit, whether they are here or not; else nothing."""
+    if not commit(folder):
+        return {}
+    tree = read_json(folder.parents[1] / "trees" / f"{folder.name}.json").get("files", {})
+    pairs = ((name, entry.get("lfs_sha256"), entry.get("blob_id")) for name, entry in tree.items())
+    return {name: f"sha256:{sha}" if sha else f"git:{blob}" for name, sha, blob in pairs}
+
+
 def hashes(folder: Path) -> dict[str, str]:
     """What the files below a folder should hash to: "sha256:..." or "git:..." (the blob id of git), by path.
 
     From vgen.json, else from the Hub's listing of the commit, else from the names of the cached blobs.
     """
-    told = read_json(folder / "vgen.json").get("files")
-    if isinstance(told, Mapping):
-        return {name: value if ":" in value else f"sha256:{value}" for name, value in told.items()}
+    return {**blobs(folder), **manifest(folder)}
+
+
+def blobs(folder: Path) -> dict[str, str]:
+    """The hashes of a cached commit's files, by the Hub's listing or the names of the blobs that they link to."""
     if not commit(folder):
         return {}
     found = {}
     for path in filter(Path.is_symlink, folder.rglob("*")):
         blob = path.readlink().name
         found[str(path.relative_to(folder))] = f"sha256:{blob}" if len(blob) == 64 else f"git:{blob}"
-    tree = read_json(folder.parents[1] / "trees" / f"{folder.name}.json").get("files", {})
-    present = {name: entry for name, entry in tree.items() if (folder / name).is_file()}
-    for name, entry in present.items():
-        sha = entry.get("lfs_sha256")
-        found[name] = f"sha256:{sha}" if sha else f"git:{entry['blob_id']}"
-    return found
+    return found | {name: told for name, told in listing(folder).items() if (folder / name).is_file()}
 
 
 def verify(folder: Path) -> tuple[int, list[Fault]]:
-    """Hash every file whose hash is known. Returns how many were compared, and the faults."""
-    faults = [Fault(name, "missing") for name in missing(folder)]
-    known = hashes(folder)
-    for name, told in sorted(known.items()):
+    """Hash every file whose hash is known, by both vgen.json and the Hub. Returns how many files, and the faults."""
+    lacks = missing(folder) if kind(folder) != "adapter" else []
+    told = {(name, value) for known in (manifest(folder), blobs(folder)) for name, value in known.items()}
+    faults = [Fault(name, "missing") for name in lacks] + _compare(folder, told)
+    return len({name for name, _ in told}), list(dict.fromkeys(faults))
+
+
+def _compare(folder: Path, told: set[tuple[str, str]]) -> list[Fault]:
+    faults = []
+    for name, value in sorted(told):
         path = folder / name
         if not path.is_file():
             faults.append(Fault(name, "missing"))
-        elif _hash(path, told) != told:
-            faults.append(Fault(name, f"its content has changed: it should be {told[:23]}..."))
-    return len(known), list(dict.fromkeys(faults))
+        elif hash_as(path, value) != value:
+            faults.append(Fault(name, f"its content has changed: it should be {value[:23]}..."))
+    return faults
 
 
-def _hash(path: Path, told: str) -> str:
-    kind = told.partition(":")[0]
-    digest = hashlib.sha256() if kind == "sha256" else hashlib.sha1()
-    if kind == "git":
+def hash_as(path: Path, told: str) -> str:
+    """The hash of a file, of the kind of `told`: "sha256:..." or "git:..."."""
+    name = told.partition(":")[0]
+    digest = hashlib.sha256() if name == "sha256" else hashlib.sha1()
+    if name == "git":
         digest.update(f"blob {path.stat().st_size}\0".encode())
     with path.open("rb") as file:
         while block := file.read(1 << 20):
             digest.update(block)
-    return f"{kind}:{digest.hexdigest()}"
+    return f"{name}:{digest.hexdigest()}"
+
+
+def unchecked(folder: Path) -> set[tuple[str, str]]:
+    """Files of a cached commit, with their hashes, that were never compared or have changed since. Instant."""
+    seen = read_json(_notes(folder))
+    told = {(n, v) for known in (manifest(folder), blobs(folder)) for n, v in known.items() if (folder / n).is_file()}
+    return {(name, value) for name, value in told if value not in seen.get(name, {}).get(_stamp(folder / name), ())}
+
+
+def check(folder: Path) -> list[Fault]:
+    """Compare the files that are `unchecked` with their hashes, once; the Hub's client compares sizes only."""
+    new = unchecked(folder)
+    faults = _compare(folder, new)
+    wrong = {fault.path for fault in faults}
+    seen = read_json(_notes(folder))
+    for name, value in sorted(new):
+        if name not in wrong:
+            stamp = _stamp(folder / name)
+            seen[name] = {stamp: sorted({value, *seen.get(name, {}).get(stamp, ())})}
+    if new:
+        with suppress(VgenError), replacing(_notes(folder)) as file:  # what cannot be noted is checked again
+            file.write(json.dumps(seen).encode())
+    return faults
+
+
+def _stamp(path: Path) -> str:
+    told = path.stat()
+    return f"{told.st_size} {told.st_mtime_ns}"
+
+
+def _notes(folder: Path) -> Path:
+    """Where it is noted which files of a folder have been compared."""
+    name = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:32]
+    return cache_folder() / "checked" / f"{name}.json"

@@ -11,7 +11,7 @@ import typer
 from typer.main import get_command
 
 from vgen import __version__
-from vgen.commands import checkpoints, doctor, families
+from vgen.commands import checkpoints, doctor, exchange, families, merge
 from vgen.commands.errors import close_streams, report
 from vgen.commands.pages import Root, noun, plain_app
 from vgen.commands.prepare import perform
@@ -50,8 +50,16 @@ def build(completion: bool) -> typer.Typer:
     for verb, about in VERBS.items():
         app.add_typer(plain_app(cls=verb_group(perform), subcommand_metavar="FAMILY ..."), name=verb, help=about)
     app.command("families", cls=noun(*families.EXAMPLES))(families.run)
-    app.add_typer(checkpoints.app, name="checkpoints", help="The registry: checkpoints named and cached.")
+    app.add_typer(registry_app(), name="checkpoints", help="The registry: checkpoints here and on the Hub.")
     app.command("doctor", cls=noun(*doctor.EXAMPLES))(doctor.run)
+    return app
+
+
+def registry_app() -> typer.Typer:
+    """`vgen checkpoints`: what looks at checkpoints, and what brings them here and elsewhere."""
+    app = plain_app(cls=checkpoints.Checkpoints)
+    for part in (checkpoints.app, exchange.app, merge.app):
+        app.add_typer(part)
     return app
 
 

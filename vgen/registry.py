@@ -10,9 +10,9 @@ from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 
-from vgen import cache
+from vgen import cache, hub, safety
 from vgen.errors import UsageError, VgenError, did_you_mean
-from vgen.family import Checkpoint, Family, installed
+from vgen.family import Checkpoint, Family, families, installed
 
 HUB_REFERENCE = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(@(?P<revision>[\w./-]+))?(:(?P<subfolder>[\w./-]+))?")
 GRAMMAR = "A checkpoint is family.tag, owner/repo[@revision][:subfolder], a folder, or 'demo'."
@@ -33,6 +33,11 @@ class Found:
     subfolder: str = ""
     demo: bool = False
     note: str = ""
+
+    @property
+    def kind(self) -> str:
+        """ "checkpoint" or "adapter", once the weights are on the disk."""
+        return cache.kind(self.folder) if self.folder else ""
 
 
 def accelerator() -> bool:
@@ -57,15 +62,22 @@ def resolve(card: Family, reference: str | None, *, accelerator: bool) -> Found:
     tag = reference.removeprefix(f"{card.name}.")
     if tag in (one.tag for one in card.checkpoints):
         return _hub(card, card.checkpoint(tag))
-    match = HUB_REFERENCE.fullmatch(reference)
-    if match and not reference.startswith("."):
-        return _repo(card, match["repo"], match["revision"] or "", match["subfolder"] or "")
+    if match := _parsed(reference):
+        return _repo(card, *match)
     other = reference.partition(".")[0]
     if other in installed() and other != card.name:
         raise UsageError(f"'{reference}' is a checkpoint of '{other}', not of '{card.name}'.", _known(card, tag))
     if "/" in reference:
         raise UsageError(f"There is no folder {reference}, and it is no repository of the Hub.", GRAMMAR)
     raise UsageError(f"'{card.name}' has no checkpoint '{reference}'.", _known(card, tag))
+
+
+def _parsed(reference: str) -> tuple[str, str, str] | None:
+    """Repository, revision and subfolder, "" where not told; None for what names nothing on the Hub."""
+    match = HUB_REFERENCE.fullmatch(reference)
+    if not match or any(safety.escapes(told) for told in match.group("repo", "revision", "subfolder") if told):
+        return None
+    return match["repo"], match["revision"] or "", match["subfolder"] or ""
 
 
 def _known(card: Family, tag: str) -> str:
@@ -92,6 +104,7 @@ def _demo(card: Family) -> Found:
 
 
 def _local(card: Family, folder: Path, reference: str) -> Found:
+    _not_an_adapter(folder, reference)
     bad = cache.pickles(folder)
     if bad:
         raise VgenError(
@@ -104,8 +117,15 @@ def _local(card: Family, folder: Path, reference: str) -> Found:
             f"{folder} is not a whole checkpoint: it lacks {', '.join(lacks[:4])}.",
             "A checkpoint is a folder in diffusers' layout: model_index.json and a folder for each component.",
         )
+    safety.refuse_code(folder, str(folder))
     _same_family(card, folder)
     return Found(_describe(card, folder, folder.name), reference, folder)
+
+
+def _not_an_adapter(folder: Path, reference: str) -> None:
+    if cache.kind(folder) == "adapter":
+        do = f"Run it on its base: --lora {reference}, with --checkpoint naming the base."
+        raise UsageError(f"{reference} is an adapter, not a checkpoint.", do)
 
 
 def _same_family(card: Family, folder: Path) -> None:
@@ -156,85 +176,130 @@ def _cached(found: Found) -> Found:
     return replace(found, folder=folder, revision=commit, reference=pinned)
 
 
-def download(card: Family, found: Found) -> Found:
-    """The same, with its weights on the disk, checked against the Hub's hashes. Raises VgenError.
+def unchecked(found: Found) -> bool:
+    """Whether bytes of a cached checkpoint were never compared with their hashes: that is done before first use."""
+    base = _base(found)
+    return base is not None and bool(cache.unchecked(base))
 
-    HF_ENDPOINT, HF_TOKEN, HF_HUB_OFFLINE and HF_HOME are honoured.
-    """
+
+def _base(found: Found) -> Path | None:
+    """The folder of the commit that holds what was found; None outside the Hub's cache."""
+    if not found.folder or not found.repo:
+        return None
+    return cache.snapshot(found.repo, found.revision)
+
+
+def download(card: Family, found: Found) -> Found:
+    """The same, with its weights on the disk and compared with their hashes. Raises VgenError."""
     if found.folder:
+        _compare(found)
         return found
-    inside = f"{found.subfolder}/" if found.subfolder else ""
-    base = _fetch(found, [f"{inside}{pattern}" for pattern in cache.SAFE])
+    base = hub.fetch(found.repo, found.revision, found.subfolder)
+    _not_an_adapter(base / found.subfolder, found.reference)
     there = _cached(replace(found, revision=cache.commit(base)))
     if there.folder is None:
-        lacks = cache.missing(base / found.subfolder)
-        raise VgenError(
-            f"{found.reference} is not a whole checkpoint in safetensors: it lacks {', '.join(lacks[:4])}.",
-            "A repository of pickled weights (.bin, .ckpt) is not loaded: they can run any code when they are read.",
-        )
-    faults = cache.verify(base)[1]
-    if faults:
-        raise VgenError(
-            f"{found.reference} arrived damaged: {faults[0].path}: {faults[0].reason}",
-            f"Run: vgen checkpoints remove {found.reference} --yes, and again.",
-        )
+        raise _not_whole(found.reference, base / found.subfolder)
     return there if any(c.repo == found.repo for c in card.checkpoints) else _described(card, there)
 
 
-def _fetch(found: Found, patterns: list[str]) -> Path:
-    """huggingface_hub's download, with its errors in our words."""
-    from huggingface_hub import errors as hub
-    from huggingface_hub import snapshot_download
+def _not_whole(reference: str, folder: Path) -> VgenError:
+    return VgenError(
+        f"{reference} is not a whole checkpoint in safetensors: it lacks {', '.join(cache.missing(folder)[:4])}.",
+        "A repository of pickled weights (.bin, .ckpt) is not loaded: they can run any code when they are read.",
+    )
 
-    page = f"{os.environ.get('HF_ENDPOINT', 'https://huggingface.co')}/{found.repo}"
-    try:
-        return Path(
-            snapshot_download(
-                found.repo, revision=found.revision, allow_patterns=patterns, ignore_patterns=list(cache.COPIES)
-            )
+
+def named(reference: str) -> Found:
+    """What a reference means without a family: a folder, the name of a card, or a repository; of any kind.
+
+    Nothing of the Hub is looked up; `here` does that in the cache, `pull` on the network. Raises UsageError.
+    """
+    folder = Path(reference).expanduser()
+    if folder.is_dir():
+        return Found(_told(folder), reference, folder)
+    for card in families()[0]:
+        for one in card.checkpoints:
+            if one.repo and reference in (f"{card.name}.{one.tag}", one.repo):
+                return Found(one, reference, repo=one.repo, revision=one.revision)
+    match = _parsed(reference)
+    if not match:
+        raise UsageError(f"'{reference}' names nothing on the Hub, and there is no such folder.", GRAMMAR)
+    repo, revision, subfolder = match
+    return Found(Checkpoint(repo.partition("/")[2], repo), reference, None, repo, revision or "main", subfolder)
+
+
+def _told(folder: Path) -> Checkpoint:
+    """What vgen.json says of a folder of any kind."""
+    told = cache.read_json(folder / "vgen.json")
+    return Checkpoint(
+        str(told.get("tag", folder.name)), license=str(told.get("license", "")), summary=str(told.get("summary", ""))
+    )
+
+
+def here(found: Found) -> Found:
+    """What `named` gave, pinned, with its folder if all of it is in the cache; a checkpoint or an adapter."""
+    base = cache.snapshot(found.repo, found.revision)
+    folder = base / found.subfolder if base else None
+    if not base or not folder or not cache.kind(folder):
+        return found
+    if cache.kind(folder) == "checkpoint" and cache.missing(folder):
+        return found
+    pinned = f"{found.repo}@{cache.commit(base)}" + (f":{found.subfolder}" if found.subfolder else "")
+    told = replace(_told(folder), tag=found.checkpoint.tag, repo=found.repo)
+    license = told.license or found.checkpoint.license
+    told = replace(told, license=license, summary=told.summary or found.checkpoint.summary)
+    return replace(found, checkpoint=told, folder=folder, revision=cache.commit(base), reference=pinned)
+
+
+def pull(found: Found) -> Found:
+    """What `named` gave, on the disk, whole and compared with its hashes; a branch is asked for anew.
+
+    Raises VgenError.
+    """
+    if not found.repo:
+        return found
+    if cache.COMMIT.fullmatch(found.revision) and here(found).folder:
+        return ready(found)
+    base = hub.fetch(found.repo, found.revision, found.subfolder)
+    folder = base / found.subfolder
+    if not cache.kind(folder):
+        raise VgenError(
+            f"{found.reference} is neither a checkpoint in diffusers' layout nor an adapter ({cache.ADAPTER}).",
+            "Name the folder in it: owner/repo@revision:subfolder.",
         )
-    except hub.GatedRepoError as error:
-        raise VgenError(
-            f"{found.repo} is gated: its owner wants you to agree to terms first.",
-            f"Agree at {page}, then log in: hf auth login (or set HF_TOKEN).",
-        ) from error
-    except hub.RepositoryNotFoundError as error:
-        raise VgenError(
-            f"{found.repo} does not exist on the Hub, or is private.",
-            "Check the name; for a private one log in: hf auth login (or set HF_TOKEN).",
-        ) from error
-    except hub.RevisionNotFoundError as error:
-        raise VgenError(
-            f"{found.repo} has no revision '{found.revision}'.", f"Its branches and tags: {page}/tree/main"
-        ) from error
-    except (hub.LocalEntryNotFoundError, hub.OfflineModeIsEnabled) as error:
-        raise VgenError(
-            f"{found.reference} is not in the cache ({cache.hub()}), and {_why_not()}.", _offline()
-        ) from error
-    except hub.HfHubHTTPError as error:
-        raise VgenError(f"The Hub refused {found.repo}: {error}", _offline()) from error
+    if cache.kind(folder) == "checkpoint" and cache.missing(folder):
+        raise _not_whole(found.reference, folder)
+    return here(replace(found, revision=cache.commit(base)))
 
 
-def _why_not() -> str:
-    offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
-    return "HF_HUB_OFFLINE is set" if offline else "the Hub cannot be reached"
+def ready(found: Found) -> Found:
+    """What `named` gave, from the cache where it is there and unchanged, else pulled. Raises VgenError."""
+    there = here(found)
+    if there.folder is None:
+        return pull(found)
+    _compare(there)
+    return there
 
 
-def _offline() -> str:
-    return "Run once with a network, or name a folder with --checkpoint DIR, or the small one with --checkpoint demo."
+def _compare(found: Found) -> None:
+    """Compare a cached checkpoint with its hashes, once, and look for code. Raises VgenError."""
+    base = _base(found)
+    if base and found.folder:
+        hub.check(base, found.reference)
+        safety.refuse_code(found.folder, found.reference)
 
 
 def on_disk(card: Family) -> Iterator[Found]:
     """The checkpoints of a family that need no download: the demo, and those in the Hub's cache."""
     if card.demo and not cache.missing(card.demo):
         yield _demo(card)
-    named = {c.repo: c for c in card.checkpoints}
+    ours = {c.repo: c for c in card.checkpoints}
     for repo, folder in cache.snapshots():
         told = cache.read_json(folder / "vgen.json").get("family")
-        if cache.missing(folder) or (repo not in named and told != card.name):
+        if cache.missing(folder) or (repo not in ours and told != card.name):
             continue
         sha = cache.commit(folder)
-        checkpoint = named.get(repo) or replace(_describe(card, folder, repo.partition("/")[2]), repo=repo)
+        checkpoint = ours.get(repo) or replace(_describe(card, folder, repo.partition("/")[2]), repo=repo)
         yield Found(checkpoint, f"{repo}@{sha}", folder, repo, sha)
 
 

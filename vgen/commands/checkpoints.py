@@ -1,4 +1,4 @@
-"""`vgen checkpoints`: the checkpoints that cards name and that lie on this disk."""
+"""`vgen checkpoints list|show|verify|remove`: the checkpoints that cards name and that lie on this disk."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from vgen import cache, registry
+from vgen import cache, lineage, registry
 from vgen.commands.families import Json, Quiet
 from vgen.commands.output import Out, mode
 from vgen.commands.pages import Group, noun, plain_app
@@ -20,10 +20,13 @@ from vgen.family import Checkpoint, Family, families, family, installed
 class Checkpoints(Group):
     """The group, with its examples."""
 
-    examples = ("vgen checkpoints list", "vgen checkpoints show FAMILY.TAG --json")
+    examples = ("vgen checkpoints list", "vgen checkpoints show FAMILY.TAG --json", "vgen checkpoints pull FAMILY.TAG")
 
 
-app = plain_app(cls=Checkpoints)
+app = plain_app()  # joins `vgen checkpoints`
+
+
+ORIGINS = ("lineage", *lineage.KEYS)
 
 
 def _families(incomplete: str) -> list[str]:
@@ -115,26 +118,59 @@ def find(reference: str) -> tuple[Family, registry.Found]:
     raise UsageError(f"'{reference}' is no checkpoint of any installed family.", registry.GRAMMAR)
 
 
-@app.command(cls=noun("vgen checkpoints show FAMILY.demo", "vgen checkpoints show ./my-checkpoint --json"))
+def adapter(reference: str) -> registry.Found | None:
+    """The adapter on this disk that a reference means; None for anything else."""
+    try:
+        found = registry.here(registry.named(reference))
+    except UsageError:
+        return None
+    return found if found.kind == "adapter" else None
+
+
+@app.command(
+    cls=noun(
+        "vgen checkpoints show FAMILY.demo",
+        "vgen checkpoints show ./my-checkpoint --json",
+        "vgen checkpoints show clip.mp4",
+    )
+)
 def show(reference: Reference, json: Json = False, quiet: Quiet = False) -> None:
-    """Show what a checkpoint is, where it lies and what it was made for."""
-    card, found = find(reference)
-    one = found.checkpoint
-    told = {
+    """Show what a checkpoint or an adapter is and where it comes from; of a clip, what made it."""
+    out = Out(mode(json, quiet))
+    if Path(reference).is_file():
+        told = lineage.sample(Path(reference))
+        lines = list(lineage.sample_chain(told))
+        out.object({**told, "lineage": lines}, "\n".join(lines))
+        return
+    found, card = adapter(reference), None
+    if found is None:
+        card, found = find(reference)
+    told = _shown(found, card)
+    words = [f"{key}: {_text(value)}" for key, value in told.items() if value and key not in ("files", *ORIGINS)]
+    lines = ["lineage:", *(f"  {line}" for line in told["lineage"])] if told["lineage"] else []
+    out.object(told, "\n".join(words + lines))
+
+
+def _shown(found: registry.Found, card: Family | None = None) -> dict[str, Any]:
+    """What there is to say of a checkpoint or, without a card, of an adapter."""
+    one, folder = found.checkpoint, found.folder
+    told = cache.read_json(folder / "vgen.json") if folder else {}
+    return {
         "checkpoint": found.reference,
-        "family": card.name,
+        "kind": found.kind or "checkpoint",
+        "family": card.name if card else str(told.get("family", "")),
         "repo": found.repo,
         "revision": found.revision,
-        "folder": str(found.folder or ""),
-        "license": one.license,
+        "folder": str(folder or ""),
+        "license": one.license or str(told.get("license", "")),
         "summary": one.summary,
-        "modes": list(one.modes),
+        "modes": list(one.modes) if card else [],
         "defaults": dict(one.defaults),
         "rules": {name: asdict(rule) for name, rule in one.rules.items()},
-        "files": cache.hashes(found.folder) if found.folder else {},
+        "files": cache.hashes(folder) if folder else {},
+        "lineage": list(lineage.chain(folder, found.reference)) if folder else [],
+        **{key: told[key] for key in lineage.KEYS if key in told},
     }
-    lines = [f"{key}: {_text(value)}" for key, value in told.items() if value and key != "files"]
-    Out(mode(json, quiet)).object(told, "\n".join(lines))
 
 
 def _text(value: Any) -> str:
@@ -146,9 +182,10 @@ def _text(value: Any) -> str:
 @app.command(cls=noun("vgen checkpoints verify FAMILY.demo", "vgen checkpoints verify ./my-checkpoint"))
 def verify(reference: Reference, json: Json = False, quiet: Quiet = False) -> None:
     """Hash the files of a checkpoint and compare with what they should be."""
-    _, found = find(reference)
+    found = adapter(reference) or find(reference)[1]
     if found.folder is None:
-        raise VgenError(f"{found.reference} is not on this disk.", "The first run that needs it downloads it.")
+        do = f"Fetch it: vgen checkpoints pull {reference}"
+        raise VgenError(f"{found.reference} is not on this disk.", do)
     count, faults = cache.verify(found.folder)
     out = Out(mode(json, quiet), silent=quiet)
     told = {"checkpoint": found.reference, "folder": str(found.folder), "compared": count}
@@ -166,8 +203,8 @@ def remove(
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Delete a checkpoint from the Hub's cache on this disk."""
-    _, found = find(reference)
+    """Delete a checkpoint or an adapter from the Hub's cache on this disk."""
+    found = adapter(reference) or find(reference)[1]
     if not yes:
         raise UsageError(f"This deletes {found.reference} from the cache.", "Confirm with --yes.")
     freed = registry.remove(found)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from vgen import __version__, cache, family, lean, outputs, record, registry, settings, tensorfile
+from vgen import __version__, family, lean, lineage, outputs, record, registry, settings, tensorfile
 from vgen.commands.errors import explain
 from vgen.commands.output import Out, complain, mode
 from vgen.commands.quiet import hush
@@ -140,6 +140,9 @@ def _fetch(job: Job) -> None:
         job.out.say(f"Downloading {job.found.reference} ({job.found.repo}) ...")
         job.found = registry.download(job.card, job.found)
         job.options = _filled(job.card, job.options, job.found, job.origins)
+    elif registry.unchecked(job.found):
+        job.out.say(f"Comparing {job.found.reference} with its hashes, once ...")
+        registry.download(job.card, job.found)
 
 
 def check_inputs(options: RunOptions) -> None:
@@ -203,13 +206,6 @@ def _where(found: registry.Found) -> str:
     return f" in {found.folder}" if found.folder else f", to be downloaded from {found.repo}"
 
 
-def weights(folder: Path) -> dict[str, str]:
-    """The hash of each file of weights: as the Hub or the checkpoint's own list tells it, else computed."""
-    files = {str(path.relative_to(folder)): path for path in sorted(folder.rglob("*.safetensors"))}
-    known = cache.hashes(folder)
-    return {name: known.get(name) or record.hash_file(path) for name, path in files.items()}
-
-
 def device(asked: str) -> str:
     """The device that runs, with 'auto' made definite. Imports torch."""
     from vgen.machine import accelerator
@@ -225,7 +221,7 @@ def act(job: Job) -> int:
     hush()
     if job.verb in RUNS and not any(getattr(job.options, name, None) for name in MORE):
         lean.leave_out()
-    job.run.checkpoint = {**job.checkpoint(), "files": weights(job.folder())}
+    job.run.checkpoint = {**job.checkpoint(), "files": lineage.weights(job.folder())}
     inputs = [path for name, path in _inputs(job.options) if name not in SETS and path.is_file()]
     job.run.facts = {"device": device(job.options.device), "inputs": record.hash_files(inputs)}
     run: Callable[[Job], int] = family.fetch(ACTS[job.verb])

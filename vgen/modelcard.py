@@ -1,0 +1,122 @@
+"""The model card of a published checkpoint or adapter: README.md with the header that the Hub reads."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from vgen import __version__
+
+PIPELINES = {"text": "text-to-video", "image": "image-to-video", "video": "video-to-video"}
+LIBRARIES = ("diffusers", "transformers")
+SETTINGS = ("part", "max_train_steps", "train_batch_size", "gradient_accumulation_steps", "learning_rate", "rank")
+
+
+def tags(manifest: Mapping[str, Any], kind: str) -> list[str]:
+    """The tags that `vgen checkpoints search` looks for."""
+    found = ["vgen", f"vgen-family:{manifest['family']}", f"vgen-kind:{kind}"]
+    if kind == "adapter":
+        found.append("lora")
+    return found + ([f"vgen-part:{manifest['part']}"] if manifest.get("part") else [])
+
+
+def pipeline(modes: Sequence[str], frames: object) -> str:
+    """The Hub's name of the task, by what a checkpoint starts from and how many frames it makes."""
+    return "text-to-image" if frames == 1 else PIPELINES.get(modes[0] if modes else "", "text-to-video")
+
+
+def card(repo: str, tag: str, manifest: Mapping[str, Any], kind: str, task: str, index: Mapping[str, Any]) -> str:
+    """README.md of a repository: header, a sample command, how the weights were trained, where they come from."""
+    base = _base(manifest)
+    reference = f"{repo}@{tag}" if tag else repo
+    title = repo.partition("/")[2]
+    whole = "A checkpoint in diffusers' layout"
+    what = f"A LoRA adapter for {base or manifest['family']}" if kind == "adapter" else whole
+    return "\n".join(
+        [
+            "---",
+            *_header(manifest, kind, task, base, index),
+            "---",
+            "",
+            f"# {title}",
+            "",
+            f"{manifest.get('summary') or what}. Made with vgen {__version__}, family `{manifest['family']}`.",
+            "",
+            "## Use",
+            "",
+            "```sh",
+            *_commands(reference, manifest, kind, base),
+            "```",
+            "",
+            *_training(manifest),
+            *_lineage(manifest, base),
+        ]
+    )
+
+
+def _header(manifest: Mapping[str, Any], kind: str, task: str, base: str, index: Mapping[str, Any]) -> list[str]:
+    """The YAML lines, their values in JSON, which YAML reads."""
+    libraries = [one[0] for one in index.values() if isinstance(one, list) and one and one[0]]
+    opens = kind == "adapter" or all(one in LIBRARIES for one in libraries)
+    told: dict[str, Any] = {"library_name": "diffusers" if opens else "vgen", "pipeline_tag": task}
+    if base:
+        told |= {"base_model": base, "base_model_relation": "adapter" if kind == "adapter" else "finetune"}
+    told |= license_fields(str(manifest["license"]), base)
+    return [f"{key}: {json.dumps(value)}" for key, value in {**told, "tags": tags(manifest, kind)}.items()]
+
+
+def license_fields(license: str, base: str = "") -> dict[str, str]:
+    """The header's words for a licence such as "apache-2.0" or "other (CogVideoX license: research free)"."""
+    name, _, rest = license.partition(" ")
+    if name != "other":
+        return {"license": name}
+    words = re.sub(r"[^a-z0-9]+", "-", rest.strip("() ").partition(":")[0].lower()).strip("-")
+    link = f"https://huggingface.co/{base}/blob/main/LICENSE" if base else "LICENSE"
+    return {"license": "other", "license_name": words or "see-license", "license_link": link}
+
+
+def _base(manifest: Mapping[str, Any]) -> str:
+    """The repository of the base, where it is one of the Hub."""
+    told = manifest.get("base")
+    reference = str(told.get("reference", "")) if isinstance(told, Mapping) else ""
+    match = re.fullmatch(r"([\w-][\w.-]*/[\w.-]+)@[0-9a-f]{40}(:.*)?", reference)
+    return match[1] if match else ""
+
+
+def _commands(reference: str, manifest: Mapping[str, Any], kind: str, base: str) -> list[str]:
+    on = f"--checkpoint {base} " if base else ""
+    flag = f"{on}--lora" if kind == "adapter" else "--checkpoint"
+    return [
+        f"vgen checkpoints pull {reference}",
+        f'vgen sample {manifest["family"]} "a red ball rising" {flag} {reference}',
+    ]
+
+
+def _training(manifest: Mapping[str, Any]) -> list[str]:
+    run = manifest.get("run")
+    if not isinstance(run, Mapping):
+        return []
+    settings = run.get("settings", {})
+    rows = [f"| {name.replace('_', ' ')} | {settings[name]} |" for name in SETTINGS if settings.get(name) is not None]
+    head = [
+        "## How it was trained",
+        "",
+        f"By `vgen {run.get('verb', '')}`.",
+        "",
+        "| setting | value |",
+        "| --- | --- |",
+    ]
+    return [*head, *rows, ""]
+
+
+def _lineage(manifest: Mapping[str, Any], base: str) -> list[str]:
+    told = manifest.get("base")
+    lines = []
+    if isinstance(told, Mapping):
+        lines.append(f"- base: {told.get('reference') if base else 'a checkpoint that is not on the Hub'}")
+    lines += [f"- data: {one.get('clips', 0)} clips, {one.get('hash', '')}" for one in manifest.get("data", ())]
+    if isinstance(manifest.get("run"), Mapping):
+        lines.append(f"- run: {manifest['run'].get('id', '')}")
+    return ["## Lineage", "", *lines, "", "`vgen checkpoints show` prints it with all hashes.", ""] if lines else []
