@@ -238,3 +238,12 @@ def test_a_run_that_was_ended_goes_on_to_the_same_store(
     for key in keys:  # a clip may have had another neighbour in its batch
         torch.testing.assert_close(torn.get(key)[0], whole.get(key)[0], atol=1e-5, rtol=1e-4)
         assert torn.record(key)["captions"] == whole.record(key)["captions"]
+
+
+@pytest.mark.parametrize("name", ["b.mp4", "picture.png"])
+def test_what_was_seen_of_a_file_is_not_looked_up_again(desk: Path, name: str) -> None:
+    (item,) = clips.discover([str(desk / name)])
+    seen = clips.look(item)._replace(sha256="told")
+    loaded = clips.load(item, 1, 32, 32, seen=seen)
+    assert loaded.record["source"]["sha256"] == "told"
+    assert torch.equal(loaded.pixels, clips.load(item, 1, 32, 32).pixels)

@@ -63,6 +63,13 @@ class Item:
             raise BadClip(self.path, f"it cannot be read ({error.strerror})") from error
 
 
+class Seen(NamedTuple):
+    """What is known of a clip before its frames are read: the hash of its content, and of a video its probe."""
+
+    sha256: str
+    probe: Probe | None = None
+
+
 class Loaded(NamedTuple):
     """Pixels (3, T, H, W) in [-1, 1], where they came from, and other streams of the clip (the world's `mask`)."""
 
@@ -94,22 +101,37 @@ def discover(inputs: Sequence[str], captions: Path | None = None) -> list[Item]:
     return items
 
 
-def load(item: Item, num_frames: int, height: int, width: int, fps: Fraction | float | None = None) -> Loaded:
+def look(item: Item) -> Seen:
+    """Probe and hash a clip, for `bucket` and `load` not to do it each. Raises BadClip."""
+    told = probe(item.path) if item.kind == "video" else None
+    return Seen(item.sha256(), told)
+
+
+def load(
+    item: Item,
+    num_frames: int,
+    height: int,
+    width: int,
+    fps: Fraction | float | None = None,
+    *,
+    seen: Seen | None = None,
+) -> Loaded:
     """The first frames of a clip, resized to cover height x width at its own aspect ratio and cut at the centre.
 
     `fps` is the rate to read at; the clip's own when None. An image is a clip of one frame. Raises BadClip.
     """
+    seen = seen or look(item)
     if item.world:
-        return _load_world(item, item.world, num_frames, height, width, fps)
+        return _load_world(item, item.world, seen, num_frames, height, width, fps)
     if item.kind == "image":
         if num_frames != 1:
             raise BadClip(item.path, f"it has 1 frame, {num_frames} are needed")
-        frames, record = _open_image(item)
+        frames, record = _open_image(item, seen)
         pts, rate, aspect = [Fraction(0)], Fraction(fps or 1), Fraction(1)
     else:
-        seen = probe(item.path)
-        clip = video.read(item.path, num_frames=num_frames, fps=fps, seen=seen)
-        frames, record, aspect = clip.frames, clip.source, seen.pixel_aspect
+        told = seen.probe or probe(item.path)
+        clip = video.read(item.path, num_frames=num_frames, fps=fps, seen=told, sha256=seen.sha256)
+        frames, record, aspect = clip.frames, clip.source, told.pixel_aspect
         pts, rate = list(clip.pts), clip.fps
     pixels, fit = _cover(frames, height, width, aspect)
     return Loaded(pixels, {**_record(record, pts, rate), **fit}, {})
@@ -123,7 +145,7 @@ def load_file(
     return loaded.pixels, loaded.record
 
 
-def bucket(item: Item, sizes: Sequence[Size], fps: Fraction | float | None = None) -> Size:
+def bucket(item: Item, sizes: Sequence[Size], fps: Fraction | float | None = None, *, seen: Seen | None = None) -> Size:
     """The size, of those allowed, that fits a clip: of those that it has frames for, the nearest in aspect ratio.
 
     Among equals the one with most frames wins, then the largest. Raises BadClip where the clip is too short for all.
@@ -136,17 +158,17 @@ def bucket(item: Item, sizes: Sequence[Size], fps: Fraction | float | None = Non
             if image.getexif().get(0x0112, 1) >= 5:  # orientation: on its side
                 ratio = 1 / ratio
     else:
-        seen = probe(item.path)
-        count, ratio = video.available(seen, fps), _ratio(seen)
+        told = (seen and seen.probe) or probe(item.path)
+        count, ratio = video.available(told, fps), _ratio(told)
     fitting = [size for size in sizes if size[0] <= count]
     if not fitting:
         raise BadClip(item.path, f"it has {count} frames, {min(size[0] for size in sizes)} are needed")
     return min(fitting, key=lambda s: (round(abs(math.log(s[2] / s[1] / ratio)), 6), -s[0], -s[1] * s[2]))
 
 
-def _ratio(seen: Probe) -> float:
+def _ratio(told: Probe) -> float:
     """Width to height as shown."""
-    return float(seen.width * seen.pixel_aspect / seen.height)
+    return float(told.width * told.pixel_aspect / told.height)
 
 
 # Names
@@ -201,12 +223,12 @@ def _of_world(variety: str, count: int, seed: int) -> Iterator[Item]:
 
 
 def _load_world(
-    item: Item, one: World, num_frames: int, height: int, width: int, fps: Fraction | float | None
+    item: Item, one: World, seen: Seen, num_frames: int, height: int, width: int, fps: Fraction | float | None
 ) -> Loaded:
     """A clip of the world, drawn at the size that is asked for, with the cover of its object as `mask` (T, H, W)."""
     pixels, cover, _, _ = world.clip(one.seed, one.index, num_frames, height, width, variety=one.variety)
     rate = WORLD_FPS if fps is None else Fraction(fps).limit_denominator(100_000)
-    source = {"uri": str(item.path), "sha256": item.sha256(), "bytes": 0, "container": "world", "codec": "world"}
+    source = {"uri": str(item.path), "sha256": seen.sha256, "bytes": 0, "container": "world", "codec": "world"}
     fit = {"orig_hw": [height, width], "resize_hw": [height, width], "crop_xyxy": [0, 0, width, height]}
     stamps = [str(k / rate) for k in range(num_frames)]
     record = {"source": source, "fps": str(rate), "pts": stamps, "rotation": 0, "decoder": {"name": "world"}, **fit}
@@ -236,7 +258,7 @@ def _opened(path: Path) -> Image.Image:
         raise BadClip(path, f"it is not a readable image ({error})") from error
 
 
-def _open_image(item: Item) -> tuple[Tensor, dict[str, Any]]:
+def _open_image(item: Item, seen: Seen) -> tuple[Tensor, dict[str, Any]]:
     """A picture (1, H, W, 3) uint8, turned as its EXIF says, on white where it is transparent. Raises BadClip."""
     path = item.path
     with _opened(path) as image:
@@ -249,7 +271,7 @@ def _open_image(item: Item) -> tuple[Tensor, dict[str, Any]]:
         name = image.format
     white = Image.new("RGBA", upright.size, "white")
     picture = np.asarray(Image.alpha_composite(white, upright).convert("RGB"))
-    record = {"path": str(path), "sha256": item.sha256(), "bytes": path.stat().st_size, "container": "image"}
+    record = {"path": str(path), "sha256": seen.sha256, "bytes": path.stat().st_size, "container": "image"}
     record |= {"codec": str(name).lower(), "rotation": 0, "decoder": "pillow", "version": PIL.__version__}
     return torch.from_numpy(picture.copy())[None], record
 

@@ -98,18 +98,19 @@ def _read_ahead(
     model: Model, store: Store, items: Sequence[Item], sizes: Sequence[Size], options: Any
 ) -> Iterator[_Ready | Encoded]:
     """Every item read, by a thread that is two clips ahead; or what became of it where it needs no encoding."""
-    seen: set[str] = set()
+    known: set[str] = set()
 
     def read(item: Item) -> _Ready | Encoded:
         try:
-            size = clips.bucket(item, sizes, options.fps)
-            name = key(item.sha256(), _transform(size, options), model.space.id)
-            if name in seen or (name in store and not options.overwrite):
+            seen = clips.look(item)
+            size = clips.bucket(item, sizes, options.fps, seen=seen)
+            name = key(seen.sha256, _transform(size, options), model.space.id)
+            if name in known or (name in store and not options.overwrite):
                 return Encoded(str(item.path), name, "there already")
-            loaded = clips.load(item, *size, fps=options.fps)
+            loaded = clips.load(item, *size, fps=options.fps, seen=seen)
         except BadClip as error:
             return _set_aside(store, item, error)
-        seen.add(name)
+        known.add(name)
         return _Ready(item, name, loaded)
 
     worker = ThreadPoolExecutor(1)

@@ -47,13 +47,14 @@ def read(
     start: float = 0.0,
     every: int = 1,
     seen: Probe | None = None,
+    sha256: str = "",
 ) -> Clip:
     """Frames of a video by time: the one shown at start + k / fps, or with no `fps` the clip's own frames.
 
     `start` is in seconds after the first frame, `every` takes one of so many, and no `num_frames` reads to the end.
-    A `fps` above the clip's shows frames again, as a player would. `seen` saves a second probe.
-    Raises BadClip for a damaged file or one with too few frames; the frames in front of the last one needed are
-    checked, those behind it are not decoded.
+    A `fps` above the clip's shows frames again, as a player would. `seen` saves a second probe, `sha256` of the file a
+    second hashing. Raises BadClip for a damaged file or one with too few frames; the frames in front of the last one
+    needed are checked, those behind it are not decoded.
     """
     if every < 1 or start < 0 or (fps is not None and fps <= 0) or (num_frames is not None and num_frames < 1):
         raise UsageError("To read a clip: every >= 1, start >= 0, fps > 0 and num_frames >= 1.")
@@ -64,7 +65,7 @@ def read(
     pixels, decoder, why = _take(told, wanted)
     if len(wanted) != len(chosen):
         pixels = pixels[[bisect_left(wanted, index) for index in chosen]]
-    return Clip(pixels, tuple(told.pts[i] for i in chosen), rate / every, _record(told, decoder, why))
+    return Clip(pixels, tuple(told.pts[i] for i in chosen), rate / every, _record(told, sha256, decoder, why))
 
 
 def frames(path: Path | str, *, seen: Probe | None = None) -> Iterator[Tensor]:
@@ -237,11 +238,11 @@ def _upright(image: Tensor, told: Probe) -> Tensor:
     return torch.rot90(image, -told.rotation // 90, (0, 1)) if told.rotation else image
 
 
-def _record(told: Probe, decoder: str, why: str) -> dict[str, Any]:
+def _record(told: Probe, sha256: str, decoder: str, why: str) -> dict[str, Any]:
     """Where frames came from and how, in plain values."""
     record = {
         "path": str(told.path),
-        "sha256": file_sha256(told.path),
+        "sha256": sha256 or file_sha256(told.path),
         "bytes": told.path.stat().st_size,
         "container": told.container,
         "codec": told.codec,
