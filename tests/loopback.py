@@ -9,6 +9,7 @@ import base64
 import hashlib
 import json
 import re
+import struct
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -25,9 +26,24 @@ STALE = "The branch was updated since you opened this page. Please refresh and t
 LFS = (".safetensors", ".bin", ".model")
 
 
-def git(data: bytes) -> str:
-    """The blob id that git gives to a content."""
+@dataclass(frozen=True)
+class Pointer:
+    """A content that lies in a store of Xet, not here."""
+
+    sha256: str
+    size: int
+
+
+def git(data: bytes | Pointer) -> str:
+    """The blob id that git gives to a content, or to the text that points to it."""
+    if isinstance(data, Pointer):
+        data = f"oid sha256:{data.sha256}\nsize {data.size}\n".encode()
     return hashlib.sha1(f"blob {len(data)}\0".encode() + data).hexdigest()
+
+
+def sha256(data: bytes | Pointer) -> str:
+    """The sha256 of a content."""
+    return data.sha256 if isinstance(data, Pointer) else hashlib.sha256(data).hexdigest()
 
 
 @dataclass
@@ -36,7 +52,7 @@ class Repo:
 
     private: bool = False
     gated: bool = False
-    trees: dict[str, dict[str, bytes]] = field(default_factory=dict)
+    trees: dict[str, dict[str, bytes | Pointer]] = field(default_factory=dict)
     names: dict[str, str] = field(default_factory=dict)  # branches, and pull requests as refs/pr/1
     tags: dict[str, str] = field(default_factory=dict)
 
@@ -107,7 +123,20 @@ class Hub:
 
 def shard_files(data: bytes) -> dict[str, str]:
     """Hashes of Xet by sha256 in a shard: records of 48 bytes, a file's header, its segments, its sha256."""
-    return {}
+    found, at = {}, 48  # after the head
+    while data[at : at + 32] != b"\xff" * 32:
+        flags, count = struct.unpack_from("<II", data, at + 32)
+        after = at + 48 * (1 + count * (2 if flags >> 31 else 1))
+        if flags >> 30 & 1:
+            found[_words(data[after : after + 32])] = _words(data[at : at + 32])
+            after += 48
+        at = after
+    return found
+
+
+def _words(data: bytes) -> str:
+    """The text of a hash that is stored as four little-endian numbers."""
+    return "".join(data[i : i + 8][::-1].hex() for i in range(0, 32, 8))
 
 
 class Refused(Exception):
@@ -227,12 +256,12 @@ class Handler(BaseHTTPRequestHandler):
         files = repo.trees[self._commit_of(repo, revision)]
         self._json([self._entry(path, data) for path, data in files.items()])
 
-    def _entry(self, path: str, data: bytes) -> dict[str, Any]:
-        entry: dict[str, Any] = {"type": "file", "path": path, "size": len(data), "oid": git(data)}
+    def _entry(self, path: str, data: bytes | Pointer) -> dict[str, Any]:
+        size = data.size if isinstance(data, Pointer) else len(data)
+        entry: dict[str, Any] = {"type": "file", "path": path, "size": size, "oid": git(data)}
         if path.endswith(LFS):
-            sha256 = hashlib.sha256(data).hexdigest()
-            entry["lfs"] = {"oid": sha256, "size": len(data), "pointerSize": 130}
-            if found := self.hub.xet_hash(sha256):
+            entry["lfs"] = {"oid": sha256(data), "size": size, "pointerSize": 130}
+            if found := self.hub.xet_hash(sha256(data)):
                 entry["xetHash"] = found
         return entry
 
@@ -263,10 +292,11 @@ class Handler(BaseHTTPRequestHandler):
         etag = entry["lfs"]["oid"] if "lfs" in entry else entry["oid"]
         headers = {"ETag": f'"{etag}"', "X-Repo-Commit": sha, "Accept-Ranges": "bytes"}
         if "lfs" in entry:
-            headers |= {"X-Linked-Etag": f'"{etag}"', "X-Linked-Size": str(len(data))}
+            headers |= {"X-Linked-Etag": f'"{etag}"', "X-Linked-Size": str(entry["size"])}
         if "xetHash" in entry:
-            headers |= {"X-Xet-Hash": entry["xetHash"]}
-        data = self.hub.damage.get(path, data)
+            token = f"{self.hub.address}/api/models/any/repo/xet-read-token/{sha}"
+            headers |= {"X-Xet-Hash": entry["xetHash"], "Link": f'<{token}>; rel="xet-auth"'}
+        data = self.hub.damage.get(path, b"" if isinstance(data, Pointer) else data)
         status = 200
         if span := re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", "")):
             start, status = int(span[1]), 206
@@ -306,7 +336,7 @@ class Handler(BaseHTTPRequestHandler):
         for one in json.loads(self.body)["files"]:
             path, mode = one["path"], "lfs" if one["path"].endswith(LFS) else "regular"
             oid = (
-                (hashlib.sha256(tree[path]).hexdigest() if mode == "lfs" else git(tree[path])) if path in tree else None
+                (sha256(tree[path]) if mode == "lfs" else git(tree[path])) if path in tree else None
             )
             found.append({"path": path, "uploadMode": mode, "shouldIgnore": False, "oid": oid})
         self._json({"files": found})
@@ -324,6 +354,14 @@ class Handler(BaseHTTPRequestHandler):
         self.hub.stored[parts[1]] = self.body[:-1] + bytes([self.body[-1] ^ self.hub.spoil])
         self._json({})
 
+    def _api_xet_write_token(self, name: str, repo: Repo, revision: str) -> None:
+        self._account()
+        self._json({"accessToken": "xet", "exp": 4_000_000_000, "casUrl": f"local://{self.hub.xet}"})
+
+    def _api_xet_read_token(self, name: str, repo: Repo, revision: str) -> None:
+        where = {"X-Xet-Cas-Url": f"local://{self.hub.xet}", "X-Xet-Access-Token": "xet"}
+        self._send(200, b"{}", {**where, "X-Xet-Token-Expiration": "4000000000"})
+
     def _api_commit(self, name: str, repo: Repo, revision: str) -> None:
         proposal = bool(self.query.get("create_pr"))
         self._account() if proposal else self._may_write(name)
@@ -339,7 +377,9 @@ class Handler(BaseHTTPRequestHandler):
             elif line["key"] == "file":
                 tree[told["path"]] = base64.b64decode(told["content"])
             else:
-                tree[told["path"]] = self.hub.stored[told["oid"]]
+                uploaded = self.hub.stored.get(told["oid"])
+                assert uploaded or self.hub.xet_hash(told["oid"]), "a commit of what was never uploaded"
+                tree[told["path"]] = uploaded or Pointer(told["oid"], told["size"])
         number = 1 + sum(one.startswith("refs/pr/") for one in repo.names)
         sha = repo.commit(tree, f"refs/pr/{number}" if proposal else revision)
         url = f"{self.hub.address}/{name}"
