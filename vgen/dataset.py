@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,7 +19,28 @@ from vgen.store import Store
 
 Item = TypeVar("Item")
 Batch = dict[str, Any]
+Shape = tuple[int, ...]
 KEPT = 1 << 29  # a data set of at most so many numbers (2 GiB in fp32) stays in memory once it has been read
+
+
+@dataclass(frozen=True)
+class Clip:
+    """A clip of a store, and the shape (C, T, H, W) of its latents."""
+
+    store: Store
+    key: str
+    shape: Shape
+
+
+class Order(Protocol):
+    """Which items make up each batch."""
+
+    def of(self, step: int) -> Sequence[Any]:
+        """The items of batch number `step`, counted from the start of training."""
+        ...
+
+
+Arrange = Callable[[Sequence[Clip]], Order]
 
 
 class Batches(Generic[Item]):
@@ -55,6 +77,14 @@ class Batches(Generic[Item]):
         return self.epoch(epoch)[i]
 
 
+def by_shape(clips: Sequence[Clip], size: int, seed: int) -> Batches[Clip]:
+    """Batches of `size` clips of one shape each."""
+    groups: dict[Hashable, list[Clip]] = {}
+    for clip in clips:
+        groups.setdefault(clip.shape, []).append(clip)
+    return Batches(groups, size, seed)
+
+
 def ahead(make: Callable[[int], Batch], steps: range) -> Iterator[Batch]:
     """make(step) for every step, each one prepared by a thread while the one before is used."""
     with ThreadPoolExecutor(1) as worker:
@@ -77,6 +107,11 @@ def stack(tensors: Sequence[Tensor]) -> Tensor:
     return torch.stack([t.float() for t in tensors])
 
 
+def together(tensors: Sequence[Tensor]) -> Tensor | list[Tensor]:
+    """Clips of one shape to a batch, of several to a list of batches of one; float32."""
+    return stack(tensors) if len({t.shape for t in tensors}) == 1 else [t.float()[None] for t in tensors]
+
+
 def pixel_batches(
     items: Sequence[Any], size: tuple[int, int, int], batch_size: int, seed: int
 ) -> Callable[[int], Batch]:
@@ -96,38 +131,39 @@ def pixel_batches(
 
 
 def latent_batches(
-    stores: Sequence[Store], space: Space, batch_size: int, seed: int, *, dropout: float, texts: bool
+    stores: Sequence[Store], space: Space, arrange: Arrange, seed: int, *, dropout: float, texts: bool
 ) -> Callable[[int], Batch]:
-    """Batches of scaled latents (B, C, T, H, W) from stores, with 'captions', and 'text' (B, L, D) where `texts`.
+    """Batches of scaled latents from stores, with 'captions', and 'text' (B, L, D) where `texts`.
 
-    Clips of one shape go together. The draw from the posterior, the choice among captions and their dropout (the
-    empty text, whose embedding every store holds) depend on (seed, step) alone.
+    `arrange` says which clips go together. Those of one shape are (B, C, T, H, W), of several a list of
+    (1, C, T, H, W). The draw from the posterior, the choice among captions and their dropout (the empty text, whose
+    embedding every store holds) depend on (seed, step) alone.
     """
-    groups: dict[Hashable, list[tuple[Store, str]]] = {}
+    found: list[Clip] = []
     numbers = 0
     for store in stores:
         for record in store.records():
             shapes = [tuple(tensor["shape"]) for tensor in record["tensors"].values()]
             numbers += sum(map(math.prod, shapes))
-            groups.setdefault(shapes[0], []).append((store, record["key"]))
-    batches = Batches(groups, batch_size, seed)
+            found.append(Clip(store, record["key"], shapes[0]))
+    batches = arrange(found)
     read = lru_cache(None if numbers <= KEPT else 0)(lambda store, key: store.get(key))
 
     def make(step: int) -> Batch:
         chosen = batches.of(step)
         made: dict[str, list[Any]] = {"latents": [], "captions": [], "keys": [], "text": [], "mask": []}
-        for i, (store, key) in enumerate(chosen):
+        for i, clip in enumerate(chosen):
             generator = seeded(seed, "clip", step, i)
-            streams, record = read(store, key)
+            streams, record = read(clip.store, clip.key)
             caption = choose(record.get("captions", ()), dropout, generator)
             made["latents"].append(scale(space, sample_posterior(streams, generator).float()))
             made["captions"].append(caption)
-            made["keys"].append(record.get("source", {}).get("uri", key))
+            made["keys"].append(record.get("source", {}).get("uri", clip.key))
             if texts:
-                made["text"].append(store.text(caption)["text"])
+                made["text"].append(clip.store.text(caption)["text"])
             if "mask" in streams:
                 made["mask"].append(streams["mask"])
-        stacked = {name: stack(made[name]) for name in ("latents", "text", "mask") if len(made[name]) == len(chosen)}
+        stacked = {name: together(made[name]) for name in ("latents", "text", "mask") if len(made[name]) == len(chosen)}
         return {"captions": made["captions"], "keys": made["keys"], **stacked}
 
     return make

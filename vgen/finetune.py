@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from vgen import clips, train
-from vgen.dataset import Batch, latent_batches, pixel_batches
+from vgen import clips, curriculum, train
+from vgen.curriculum import Curriculum, Stage
+from vgen.dataset import Arrange, Batch, Clip, Order, by_shape, latent_batches, pixel_batches
 from vgen.errors import UsageError
 from vgen.export import export
 from vgen.family import Family
 from vgen.machine import DTYPES, Machine
 from vgen.model import Model, OnStep, Part
+from vgen.packing import Packs
 from vgen.store import Store
-
 
 Export = Callable[[Mapping[str, nn.Module]], None]  # writes what has been trained, by the names of Part.modules
 Ready = Callable[[Family, Model, Path, Any], tuple[Part, Export]]
@@ -86,7 +88,38 @@ def batches(card: Family, model: Model, options: Any) -> Callable[[int], Batch]:
     mend = f"vgen encode {card.name} CLIPS --checkpoint {options.checkpoint or 'demo'} -o {options.data[0]}"
     texts = model.text_space is not None and not getattr(options, "train_text_encoder", False)
     wanted = model.text_space if texts else None
-    stores = [Store.open(Path(folder), space=model.space, text_space=wanted, mend=mend) for folder in options.data]
-    return latent_batches(
-        stores, model.space, options.train_batch_size, options.seed, dropout=options.caption_dropout, texts=texts
-    )
+    stages = curriculum.read(options.curriculum) if options.curriculum else None
+    folders = dict.fromkeys(Path(one) for one in [*options.data, *(stages.data if stages else [])])
+    stores = [Store.open(folder, space=model.space, text_space=wanted, mend=mend) for folder in folders]
+    arrange = partial(_order, model, options, 0, None) if stages is None else _staged(model, options, stages)
+    make = latent_batches(stores, model.space, arrange, options.seed, dropout=options.caption_dropout, texts=texts)
+    return make if stages is None else _paced(make, options, stages)
+
+
+def _order(model: Model, options: Any, i: int, stage: Stage | None, found: Sequence[Clip]) -> Order:
+    """Which clips go together, in a run or in its stage number i: packs up to a budget of tokens, or one shape each."""
+    own = stage or Stage(steps=options.max_train_steps)
+    seed, pack = options.seed + i, own.pack or int(getattr(options, "pack", 0))
+    if not pack:
+        return by_shape(found, own.train_batch_size or options.train_batch_size, seed)
+    tokens = getattr(model, "tokens", None)
+    if tokens is None:
+        raise UsageError("This family does not train on packs of clips.", "Leave 'pack' out of the curriculum.")
+    return Packs(found, lambda clip: int(tokens(clip.shape)), pack, seed)
+
+
+def _staged(model: Model, options: Any, stages: Curriculum) -> Arrange:
+    """Which clips go together under a curriculum. Raises UsageError where it does not fit the run."""
+    stages.require(options.max_train_steps)
+    order = partial(_order, model, options)
+    return curriculum.staged(stages, model.space.strides, options.gradient_accumulation_steps, order)
+
+
+def _paced(make: Callable[[int], Batch], options: Any, stages: Curriculum) -> Callable[[int], Batch]:
+    """Batches that also say, as 'rate', what the run's learning rate is multiplied by in their stage."""
+
+    def paced(step: int) -> Batch:
+        stage = stages.stages[stages.at(step // options.gradient_accumulation_steps)[0]]
+        return {**make(step), "rate": (stage.learning_rate or options.learning_rate) / options.learning_rate}
+
+    return paced

@@ -156,11 +156,12 @@ class TrainOptions(RunOptions):
     checkpointing_steps: int = opt(500, help="Save the state of training every so many steps.", low=1)
     resume: bool = opt(False, help="Go on from the last state in the output folder.")
     save_dtype: Literal["fp32", "bf16", "fp16"] = opt("fp32", help="Precision of the written weights.", panel="Output")
+    curriculum: Path | None = opt(None, help="TOML file of stages: which clips at which step.", metavar="FILE.toml")
     caption_dropout: float = opt(0.1, help="Share of clips trained without caption.", low=0.0, high=1.0)
 
 
 READ_ON = {  # training options that only parts on such data read
-    "latents": ("train_text_encoder", "mask_weight", "mask_steps", "caption_dropout"),
+    "latents": ("train_text_encoder", "mask_weight", "mask_steps", "caption_dropout", "curriculum"),
     "pixels": ("num_frames", "height", "width", "l1_weight", "kl_weight"),
 }
 

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from vgen.errors import UsageError
 from vgen.family import Checkpoint, Family, PartCard, Rule, described, read_config
-from vgen.options import DecodeOptions, EncodeOptions, FinetuneOptions, LoraOptions, SampleOptions, arg, opt
+from vgen.options import DecodeOptions, EncodeOptions, FinetuneOptions, LoraOptions, SampleOptions, arg, flag, opt
 
 
 @dataclass(kw_only=True)
@@ -41,7 +41,16 @@ class Encode(EncodeOptions):
 
 
 @dataclass(kw_only=True)
-class Finetune(FinetuneOptions):
+class OfTransformer:
+    """What training the transformer takes beside the options of all families."""
+
+    pack: int = opt(0, help="Fill batches up to so many tokens with clips of any shapes; 0 keeps shapes apart.", low=0)
+    image_noise: float = opt(0.05, help="image-to-video: median of the noise on the picture.", low=0.0)
+    image_dropout: float = opt(0.05, help="image-to-video: share of clips without picture.", low=0.0, high=1.0)
+
+
+@dataclass(kw_only=True)
+class Finetune(OfTransformer, FinetuneOptions):
     """Options of `vgen finetune cogvideox`."""
 
     part: Literal["transformer", "autoencoder"] = opt("transformer", help="Which network to train.")
@@ -49,7 +58,7 @@ class Finetune(FinetuneOptions):
 
 
 @dataclass(kw_only=True)
-class TrainLora(LoraOptions):
+class TrainLora(OfTransformer, LoraOptions):
     """Options of `vgen train-lora cogvideox`."""
 
     part: Literal["transformer"] = opt("transformer", help="Which network to adapt.")
@@ -146,20 +155,26 @@ def check(options: Any, checkpoint: Checkpoint) -> None:
     if isinstance(options, Sample):
         _check_start(options, checkpoint)
         _check_sample(options, checkpoint)
-    if isinstance(options, Finetune):
-        _check_finetune(options, checkpoint)
+    if isinstance(options, (Finetune, TrainLora)):
+        check_of_transformer(options, checkpoint)
     if isinstance(options, Encode):
         for size in options.bucket:
             _check_bucket(size, checkpoint)
 
 
-def _check_finetune(options: Finetune, checkpoint: Checkpoint) -> None:
-    """Refuse what cannot be trained yet."""
-    if options.part == "transformer" and "image" in checkpoint.modes:
-        raise UsageError(
-            f"The transformer of '{checkpoint.tag}' starts from images, and cannot be fine-tuned yet.",
-            "Text-to-video checkpoints can.",
-        )
+def check_of_transformer(options: Any, checkpoint: Checkpoint) -> None:
+    """Refuse settings (OfTransformer, TrainOptions) that would do nothing."""
+    usual = {f.name: f.default for f in fields(OfTransformer)} | {"train_batch_size": 1, "compile": False}
+    if options.pack:
+        for name in ("train_batch_size", "compile"):
+            if getattr(options, name) != usual[name]:
+                raise UsageError(f"{flag(name)} does nothing with --pack.", "Leave one of them out.")
+    if "image" not in checkpoint.modes:
+        for name in ("image_noise", "image_dropout"):
+            if getattr(options, name) != usual[name]:
+                raise UsageError(
+                    f"{flag(name)} does nothing: '{checkpoint.tag}' does not start from images.", "Leave it out."
+                )
 
 
 def _check_bucket(text: str, checkpoint: Checkpoint) -> None:
@@ -226,7 +241,7 @@ family = Family(
     default="2b",
     demo=Path(__file__).parent / "demo",
     parts=(
-        PartCard("transformer", "the denoiser, on latents"),
+        PartCard("transformer", "the denoiser, on latents", options=("pack", "image_noise", "image_dropout")),
         PartCard("autoencoder", "the causal 3D autoencoder, on pixels", trains_on="pixels"),
     ),
     lora_targets=("to_q", "to_k", "to_v", "to_out.0"),

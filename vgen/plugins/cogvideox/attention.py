@@ -7,7 +7,7 @@ demo's size (336 tokens, heads of 48) forward and backward take 2.5 times as lon
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -65,7 +65,8 @@ def _turned(x: Tensor, length: int, positions: Positions) -> Tensor:
     """Queries or keys (B, heads, L + N, D) with rotary positions on the N of the video."""
     if positions is None:
         return x
-    return torch.cat([x[:, :, :length], apply_rotary_emb(x[:, :, length:], positions)], 2)
+    turned: Any = apply_rotary_emb(x[:, :, length:], cast(Any, positions))
+    return torch.cat([x[:, :, :length], turned], 2)
 
 
 def _products(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:

@@ -20,6 +20,7 @@ from vgen.networks import Networks, prepare
 from vgen.pixels import Autoencoder
 from vgen.plugins.cogvideox import autoencoder, caching, draw
 from vgen.plugins.cogvideox.attention import Products
+from vgen.plugins.cogvideox.pictures import Pictures
 from vgen.plugins.cogvideox.transformer import Transformer
 from vgen.text import Texts
 
@@ -149,6 +150,12 @@ class CogVideoX:
         size = min(frames, size + -size % self.patch_size_t)
         return size, max(1, size // 2)
 
+    def tokens(self, shape: Sequence[int]) -> int:
+        """Tokens of text and video for a clip whose latents have the shape (C, T, H, W)."""
+        told, p_t = self.networks.config("transformer"), self.patch_size_t
+        area = (shape[2] // told["patch_size"]) * (shape[3] // told["patch_size"])
+        return int(told["max_text_seq_length"] + -(-shape[1] // p_t) * area)
+
     @property
     def patch_size_t(self) -> int:
         """Frames of latents in one patch."""
@@ -205,6 +212,9 @@ class CogVideoX:
     def _transformer(self, options: Any) -> Transformer:
         part = Transformer(self.networks.get("transformer"), self.process)
         part.mask_weight, part.mask_steps = options.mask_weight, options.mask_steps
+        if "image" in self.checkpoint.modes:
+            scale = float(self._image_scale(torch.ones(())) / self.space.scaling_factor)
+            part.pictures = Pictures(options.image_noise, options.image_dropout, scale)
         if self.machine.device.type == "cpu" and options.mixed_precision == "bf16":
             part.network.set_attn_processor(Products())
         if options.train_text_encoder:
