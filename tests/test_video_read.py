@@ -225,6 +225,8 @@ def test_a_long_film_is_not_decoded_to_its_end(tmp_path: Path) -> None:
         with pytest.raises(BadClip, match="damaged"):
             read(path)
         with pytest.raises(BadClip, match="damaged"):
+            read(path, num_frames=17, whole=True)
+        with pytest.raises(BadClip, match="damaged"):
             list(frames(path))
 
 

@@ -114,11 +114,13 @@ def load(
     width: int,
     fps: Fraction | float | None = None,
     *,
+    whole: bool = False,
     seen: Seen | None = None,
 ) -> Loaded:
     """The first frames of a clip, resized to cover height x width at its own aspect ratio and cut at the centre.
 
-    `fps` is the rate to read at; the clip's own when None. An image is a clip of one frame. Raises BadClip.
+    `fps` is the rate to read at; the clip's own when None. An image is a clip of one frame. Raises BadClip; with
+    `whole`, also for damage behind those frames (see `video.read`).
     """
     seen = seen or look(item)
     if item.world:
@@ -130,7 +132,7 @@ def load(
         pts, rate, aspect = [Fraction(0)], Fraction(fps or 1), Fraction(1)
     else:
         told = seen.probe or probe(item.path)
-        clip = video.read(item.path, num_frames=num_frames, fps=fps, seen=told, sha256=seen.sha256)
+        clip = video.read(item.path, num_frames=num_frames, fps=fps, whole=whole, seen=told, sha256=seen.sha256)
         frames, record, aspect = clip.frames, clip.source, told.pixel_aspect
         pts, rate = list(clip.pts), clip.fps
     pixels, fit = _cover(frames, height, width, aspect)
@@ -162,7 +164,9 @@ def bucket(item: Item, sizes: Sequence[Size], fps: Fraction | float | None = Non
         count, ratio = video.available(told, fps), _ratio(told)
     fitting = [size for size in sizes if size[0] <= count]
     if not fitting:
-        raise BadClip(item.path, f"it has {count} frames, {min(size[0] for size in sizes)} are needed")
+        rate = f" at {float(fps):g} fps" if fps and item.kind == "video" else ""
+        have = f"{count} frame" + "s" * (count != 1)
+        raise BadClip(item.path, f"it has {have}{rate}, {min(size[0] for size in sizes)} are needed")
     return min(fitting, key=lambda s: (round(abs(math.log(s[2] / s[1] / ratio)), 6), -s[0], -s[1] * s[2]))
 
 

@@ -107,7 +107,7 @@ def _read_ahead(
             name = key(seen.sha256, _transform(size, options), model.space.id)
             if name in known or (name in store and not options.overwrite):
                 return Encoded(str(item.path), name, "there already")
-            loaded = clips.load(item, *size, fps=options.fps, seen=seen)
+            loaded = clips.load(item, *size, fps=options.fps, whole=True, seen=seen)
         except BadClip as error:
             return _set_aside(store, item, error)
         known.add(name)

@@ -26,6 +26,7 @@ __all__ = ["BadClip", "Clip", "Probe", "available", "file_sha256", "frames", "pr
 
 _SWS = {1: 1, 4: 4, 5: 5, 6: 5, 7: 7, 9: 9, 10: 9}  # H.273 matrix -> swscale's; it takes an untagged clip for BT.601
 _SEEKABLE = ("mp4", "matroska")
+_WHOLE = 60  # seconds: longer clips are not decoded to the end only to see whether they are sound
 _MARGIN = 20  # frames: containers seek by decoding time, which runs up to 16 frames ahead of the screen
 
 
@@ -46,6 +47,7 @@ def read(
     fps: Fraction | float | None = None,
     start: float = 0.0,
     every: int = 1,
+    whole: bool = False,
     seen: Probe | None = None,
     sha256: str = "",
 ) -> Clip:
@@ -53,8 +55,8 @@ def read(
 
     `start` is in seconds after the first frame, `every` takes one of so many, and no `num_frames` reads to the end.
     A `fps` above the clip's shows frames again, as a player would. `seen` saves a second probe, `sha256` of the file a
-    second hashing. Raises BadClip for a damaged file or one with too few frames; the frames in front of the last one
-    needed are checked, those behind it are not decoded.
+    second look at its bytes. Raises BadClip for a damaged file or one with too few frames: the frames up to the last
+    one needed are checked, and with `whole` those behind it too, in clips of up to a minute.
     """
     if every < 1 or start < 0 or (fps is not None and fps <= 0) or (num_frames is not None and num_frames < 1):
         raise UsageError("To read a clip: every >= 1, start >= 0, fps > 0 and num_frames >= 1.")
@@ -62,7 +64,8 @@ def read(
     rate = told.fps if fps is None else _rational(fps)
     chosen = _choose(told, fps, start, every, num_frames)
     wanted = sorted(set(chosen))
-    pixels, decoder, why = _take(told, wanted)
+    last = len(told.pts) - 1 if whole and told.duration <= _WHOLE else wanted[-1]
+    pixels, decoder, why = _take(told, wanted, last)
     if len(wanted) != len(chosen):
         pixels = pixels[[bisect_left(wanted, index) for index in chosen]]
     return Clip(pixels, tuple(told.pts[i] for i in chosen), rate / every, _record(told, sha256, decoder, why))
@@ -119,19 +122,22 @@ def _choose(told: Probe, fps: Fraction | float | None, start: float, every: int,
     return chosen
 
 
-def _take(told: Probe, wanted: Sequence[int]) -> tuple[Tensor, str, str]:
-    """The wanted frames (T, H, W, 3), numbers rising, the decoder that gave them, and why not decord."""
+def _take(told: Probe, wanted: Sequence[int], last: int) -> tuple[Tensor, str, str]:
+    """The wanted frames (T, H, W, 3), numbers rising, the decoder that gave them, and why not decord.
+
+    All up to `last` are decoded, as a check.
+    """
     if told.decoder == "decord":
         pixels, why = _with_decord(told, wanted)
         if pixels is not None:
-            for _ in _decode(told, wanted[0], wanted[-1]):
+            for _ in _decode(told, wanted[0], last):
                 pass  # decord paints over damaged data without a word; this raises
             return pixels, "decord", ""
     else:
         why = told.why
     pixels = torch.empty((len(wanted), told.height, told.width, 3), dtype=torch.uint8)
     place = {index: k for k, index in enumerate(wanted)}
-    for index, frame in _decode(told, wanted[0], wanted[-1]):
+    for index, frame in _decode(told, wanted[0], last):
         if index in place:
             pixels[place[index]] = _upright(torch.from_numpy(_rgb(frame)), told)
     return pixels, "pyav", why
