@@ -25,7 +25,7 @@ from vgen.files import replacing
 
 WEIGHTS = "pytorch_lora_weights.safetensors"  # the name that diffusers looks for
 FOREIGN = {"comfy": "comfy.safetensors", "kohya": "kohya.safetensors"}
-ABOUT, CONFIG = "vgen", "lora_adapter_metadata"  # keys of the header: ours, and diffusers'
+ABOUT, CONFIG = "vgen_adapter", "lora_adapter_metadata"  # keys of the header: ours, and diffusers'
 Pairs = Mapping[str, tuple[Tensor, Tensor]]
 Rename = Callable[[str], str]
 KEY = re.compile(
@@ -94,8 +94,13 @@ def _stored(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _write(path: Path, tensors: dict[str, Tensor], header: dict[str, str]) -> None:
+    data = save(tensors)
+    start = 8 + int.from_bytes(data[:8], "little")
+    # safetensors writes metadata in a random order; here equal adapters are equal files
+    told = json.dumps({"__metadata__": header, **json.loads(data[8:start])}).encode()
+    told += b" " * (-len(told) % 8)
     with replacing(path) as file:
-        file.write(save(tensors, header))
+        file.write(len(told).to_bytes(8, "little") + told + data[start:])
 
 
 def _peft_config(pairs: Pairs) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import typer
 from typer.main import get_command
 
 from vgen import __version__
-from vgen.commands import checkpoints, doctor, exchange, families
+from vgen.commands import checkpoints, doctor, exchange, families, merge
 from vgen.commands.errors import close_streams, report
 from vgen.commands.pages import Root, noun, plain_app
 from vgen.commands.prepare import perform
@@ -58,7 +58,7 @@ def build(completion: bool) -> typer.Typer:
 def registry_app() -> typer.Typer:
     """`vgen checkpoints`: what looks at checkpoints, and what brings them here and elsewhere."""
     app = plain_app(cls=checkpoints.Checkpoints)
-    for part in (checkpoints.app, exchange.app):
+    for part in (checkpoints.app, exchange.app, merge.app):
         app.registered_commands += part.registered_commands
     return app
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -16,27 +17,37 @@ from vgen import adapter_file, adapters, quant
 from vgen.adapter_file import FOREIGN, WEIGHTS, Adapter, Pairs, Rename, kohya_name
 from vgen.cache import commit
 from vgen.errors import UsageError, VgenError
+from vgen.export import export
 from vgen.family import Family
-from vgen.files import replacing
+from vgen.files import delete, replacing
 from vgen.finetune import Export, finetune
 from vgen.latents import file_hash
 from vgen.lora_source import Source, locate
 from vgen.machine import DTYPES, Machine
 from vgen.model import Model, OnStep, Part
+from vgen.networks import Networks
 from vgen.record import hash_file
+from vgen.tensorfile import header
 
 MANIFEST = "vgen.json"
 RANK = 16
 
 
 def train_lora(
-    card: Family, model: Model, base: Path, options: Any, machine: Machine, on_step: OnStep = lambda name, i, n: None
+    card: Family,
+    model: Model,
+    base: Path,
+    options: Any,
+    machine: Machine,
+    on_step: OnStep = lambda name, i, n: None,
+    **hooks: Any,
 ) -> dict[str, Any]:
     """Train an adapter on the part `options.part` and write it to the folder `options.output`, beside its state.
 
-    `options` are LoraOptions. Returns the figures of the last step. Raises UsageError, VgenError.
+    `options` are LoraOptions, `hooks` as `finetune` has them. Returns the figures of the last step. Raises UsageError,
+    VgenError.
     """
-    return finetune(card, model, base, options, machine, on_step, adapted)
+    return finetune(card, model, base, options, machine, on_step, adapted, **hooks)
 
 
 def adapted(card: Family, model: Model, base: Path, options: Any) -> tuple[Part, Export]:
@@ -56,6 +67,9 @@ def adapted(card: Family, model: Model, base: Path, options: Any) -> tuple[Part,
     if start:
         adapters.put(weights, start.pairs, alpha / rank)
     part.modules = {name: weights}
+    if options.overwrite and not options.resume:
+        for old in (WEIGHTS, *FOREIGN.values(), MANIFEST):
+            delete(Path(options.output) / old)
     told = {
         "format": "vgen-adapter/1",
         "family": card.name,
@@ -125,10 +139,7 @@ def use(card: Family, model: Model, base: Path, loras: Iterable[Source]) -> list
     One of scale 0 is checked, and left out: the result then has the same bits as without it.
     """
     (name,) = model.base
-    networks = getattr(model, "networks", None)
-    if networks is None:
-        raise UsageError(f"'{card.name}' does not take adapters.", "Leave out --lora.")
-    return put_on(networks.get(name), list(loras), card, base, name)
+    return put_on(_networks(card, model).get(name), list(loras), card, base, name)
 
 
 def put_on(network: nn.Module, sources: Sequence[Source], card: Family, base: Path, part: str) -> list[str]:
@@ -141,6 +152,43 @@ def put_on(network: nn.Module, sources: Sequence[Source], card: Family, base: Pa
         if source.scale:
             adapters.attach(network, adapter, source.scale, f"lora_{i}", dtype)
     return heard
+
+
+def merged(
+    card: Family, model: Model, base: Path, reference: str, loras: Sequence[Source], output: Path, dtype: torch.dtype
+) -> list[str]:
+    """Write the checkpoint `base` with adapters added to its weights, and return what a user should hear.
+
+    `reference` is what the user calls the base. The sum is made in the precision of the model's machine, and written
+    in `dtype`. Raises UsageError where the output is not empty.
+    """
+    if output.is_dir() and any(output.iterdir()):
+        raise UsageError(f"{output} is not empty.", "Choose another folder with -o.")
+    heard = use(card, model, base, loras)
+    (name,) = model.base
+    network = _networks(card, model).get(name)
+    adapters.merge(network)
+    told = [{"reference": one.reference, "scale": one.scale, "hash": one.sha256()} for one in loras]
+    of = {"reference": reference, "revision": commit(base), "hash": file_hash(base / name)}
+    manifest = {"format": "vgen-checkpoint/1", "family": card.name, "tag": output.name, "part": name}
+    export(base, {name: network}, output, {**manifest, "base": of, "adapters": told}, dtype)
+    return heard
+
+
+def stored(folder: Path) -> torch.dtype:
+    """The precision of most of a network's stored weights, by the first of its files."""
+    kinds = {"F32": "fp32", "BF16": "bf16", "F16": "fp16"}
+    entries = header(min(folder.glob("*.safetensors"))).entries.values()
+    found = Counter(kinds[entry.dtype] for entry in entries if entry.dtype in kinds)
+    return DTYPES[found.most_common(1)[0][0]]
+
+
+def _networks(card: Family, model: Model) -> Networks:
+    """The networks of a model that takes adapters. Raises UsageError."""
+    found = getattr(model, "networks", None)
+    if not isinstance(found, Networks):
+        raise UsageError(f"'{card.name}' does not take adapters.", "Leave out --lora.")
+    return found
 
 
 def _save(
