@@ -1,10 +1,11 @@
-"""What all tests share: a cache folder of their own."""
+"""What all tests share: a cache folder of their own, and a tiny checkpoint."""
 
 from __future__ import annotations
 
 import os
 import signal
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -20,3 +21,11 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(os.environ, "VGEN_HOME", str(tmp_path_factory.mktemp("vgen-home")))
         yield
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny checkpoint of a text-to-video model, for one file of tests."""
+    import tiny  # it takes seconds, and many files do without
+
+    return tiny.checkpoint(tmp_path_factory.mktemp("checkpoint") / "c", "5b")

@@ -28,15 +28,6 @@ SIZE = (9, 32, 32)
 BY_THEMSELVES = ["b.mp4", "c.mp4", "d.mp4", "picture.png", "short.mp4"]
 
 
-def ignore(*_: Any) -> None:
-    """Nobody watches."""
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.checkpoint(tmp_path_factory.mktemp("checkpoint") / "c", "5b")
-
-
 @pytest.fixture(scope="module")
 def model(folder: Path) -> CogVideoX:
     return tiny.model(folder)
@@ -66,13 +57,9 @@ def desk(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return desk
 
 
-def opened(model: CogVideoX, place: Path) -> Store:
-    return Store.open(place, space=model.space, text_space=model.text_space, create=True)
-
-
 def run(model: CogVideoX, place: Path, inputs: list[str], sizes: Any = (SIZE,), **flags: Any) -> list[Encoded]:
     told = tiny.asked(model.folder, "encode", inputs=inputs, **flags)
-    return list(encode(model, opened(model, place), clips.discover(inputs), list(sizes), told, ignore))
+    return list(encode(model, tiny.opened(model, place), clips.discover(inputs), list(sizes), told, tiny.ignore))
 
 
 def test_clips_of_a_folder(model: CogVideoX, desk: Path, tmp_path: Path) -> None:
@@ -162,22 +149,22 @@ def test_what_of_the_posterior_is_kept(
 
 def test_texts_are_embedded_once_and_the_empty_one_too(folder: Path, tmp_path: Path) -> None:
     model = tiny.model(folder)
-    made, items = opened(model, tmp_path / "s"), clips.discover(["world:4"])
-    embed_captions(model, made, items, ignore)
+    made, items = tiny.opened(model, tmp_path / "s"), clips.discover(["world:4"])
+    embed_captions(model, made, items, tiny.ignore)
     texts = {"", *(caption for item in items for caption in item.captions)}
     assert {text for text in texts if made.has_text(text)} == texts
     assert len(list((tmp_path / "s" / "texts").rglob("*.safetensors"))) == len(texts)
     assert made.text("")["text"].shape == (8, 16)
     assert not model.networks.loaded  # the encoder has left
-    model._pretrained = pytest.fail  # type: ignore[assignment, method-assign]
-    embed_captions(model, made, items, ignore)
+    model.networks.classes = {}  # no network can load
+    embed_captions(model, made, items, tiny.ignore)
 
 
 def test_the_store_of_another_autoencoder_is_refused(model: CogVideoX, tmp_path: Path) -> None:
     run(model, tmp_path / "s", ["world:1"])
     other = tiny.model(tiny.checkpoint(tmp_path / "c", "5b", seed=1))
     with pytest.raises(VgenError) as caught:
-        opened(other, tmp_path / "s")
+        tiny.opened(other, tmp_path / "s")
     assert model.space.id in str(caught.value)
     assert other.space.id in str(caught.value)
     assert model.space.id != other.space.id

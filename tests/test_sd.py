@@ -9,6 +9,7 @@ from typing import Any
 
 import diffusers
 import pytest
+import tiny
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
@@ -18,20 +19,15 @@ from torch import Tensor
 from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModel
 
 from vgen import clips, latents, world
-from vgen.encode import embed_captions, encode
 from vgen.errors import UsageError, VgenError
-from vgen.family import resolve
 from vgen.finetune import finetune
 from vgen.generate import generate
-from vgen.machine import Machine
 from vgen.plugins.sd import describe, family
 from vgen.plugins.sd.model import StableDiffusion, load
-from vgen.store import Store
 from vgen.video_write import read_metadata
 
 DEMO = family.demo
 assert DEMO is not None
-CPU = Machine(torch.device("cpu"), torch.float32)
 SCHEDULERS: dict[str, dict[str, Any]] = {  # as released, but for the end of the schedule: see docs/sd.md
     "1.5": {"prediction_type": "epsilon", "timestep_spacing": "leading", "steps_offset": 1},
     "2.1": {"prediction_type": "v_prediction", "timestep_spacing": "leading", "steps_offset": 1},
@@ -94,19 +90,19 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def model(folder: Path) -> StableDiffusion:
-    return load(folder, describe(folder), CPU)
+    return load(folder, describe(folder), tiny.CPU)
 
 
 def asked(folder: Path, verb: str = "sample", **flags: Any) -> Any:
-    """Options of a verb, filled and checked as the command line does it."""
-    told = {"seed": 3, "num_inference_steps": 4, "prompt": "a red ball"} if verb == "sample" else {"seed": 3}
-    return resolve(family, family.verbs[verb](**{**told, **flags}), describe(folder))
+    """As `tiny.asked`."""
+    told = {"prompt": "a red ball"} if verb == "sample" else {}
+    return tiny.asked(folder, verb, card=family, **{**told, **flags})
 
 
 def ours(folder: Path, **flags: Any) -> Tensor:
     """Images (B, 3, H, W) in [0, 1] as vgen makes them, before they are rounded to 8 bits."""
     made = model(folder)
-    pixels = made.decode(generate(made, asked(folder, **flags), lambda *_: None))
+    pixels = made.decode(generate(made, asked(folder, **flags), tiny.ignore))
     assert pixels.shape[2] == 1
     return pixels[:, :, 0].add(1).div(2).clamp(0, 1)
 
@@ -282,7 +278,7 @@ def test_the_demo_knows_the_words_of_the_world(small: Path) -> None:
 def tuned(folder: Path, output: Path, **flags: Any) -> StableDiffusion:
     """A checkpoint after two steps of training."""
     told = {"max_train_steps": 2, "train_batch_size": 2, "learning_rate": 1e-2, "output": output, **flags}
-    finetune(family, model(folder), folder, asked(folder, "finetune", **told), CPU)
+    finetune(family, model(folder), folder, asked(folder, "finetune", **told), tiny.CPU)
     return model(output)
 
 
@@ -302,11 +298,9 @@ def test_parts_are_trained_apart(small: Path, tmp_path: Path) -> None:
     assert after.space.scaling_factor != 0.7
     assert 0.2 < after.space.scaling_factor * spread < 5
     items = clips.discover(["world:4"])
-    store = Store.open(tmp_path / "store", space=before.space, text_space=before.text_space, create=True)
-    embed_captions(before, store, items, lambda *_: None)
-    done = list(encode(before, store, items, [(1, 32, 32)], asked(small, "encode"), lambda *_: None))
+    done = tiny.fill(before, tmp_path / "store", asked(small, "encode"), (items, (1, 32, 32)))
     assert [one.status for one in done] == ["encoded"] * 4
-    data = {"data": [str(store.folder)], "mask_weight": 3.0, "mask_steps": 4}
+    data = {"data": [str(tmp_path / "store")], "mask_weight": 3.0, "mask_steps": 4}
     assert changed(before, tuned(small, tmp_path / "unet", **data)) == {"unet"}
     assert changed(before, tuned(small, tmp_path / "both", **data, train_text_encoder=True)) == {"unet", "text_encoder"}
     anew = tuned(small, tmp_path / "anew", **data, from_scratch=True, learning_rate=0.0)
@@ -333,7 +327,7 @@ def test_pictures_from_the_command_line(small: Path, tmp_path: Path) -> None:
     assert (pixels - mine).abs().max() <= 1
     assert read_metadata(tmp_path / "sd-5.png")["seed"] == 5
     made = model(small)
-    streams = generate(made, asked(small, seed=5, num_inference_steps=2), lambda *_: None)
+    streams = generate(made, asked(small, seed=5, num_inference_steps=2), tiny.ignore)
     latents.write(tmp_path / "z.safetensors", {"latents": streams["latents"][0]}, {"space": made.space, "fps": "1"})
     done = vgen("decode", "sd", "z.safetensors", "--checkpoint", small, cwd=tmp_path)
     assert (done.code, done.out) == (0, "sd-decode.png\n"), done.err

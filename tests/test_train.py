@@ -26,14 +26,12 @@ from transformers import T5EncoderModel
 
 from vgen import clips, train
 from vgen.dataset import Batches, choose
-from vgen.encode import embed_captions, encode
 from vgen.errors import UsageError, VgenError
 from vgen.export import export
 from vgen.finetune import batches, finetune
 from vgen.generate import generate
 from vgen.optimizers import learning_rate
 from vgen.plugins.cogvideox import family
-from vgen.store import Store
 from vgen.tensorfile import load_tensors
 
 FAST = {"train_batch_size": 2, "learning_rate": 3e-3, "caption_dropout": 0.3}
@@ -41,25 +39,13 @@ ALONG = {"train_text_encoder": True, "mask_weight": 2.0, "mask_steps": 3, "ema_d
 PIXELS = {"part": "autoencoder", "data": ["world:6"], "ema_decay": 0.9, "train_batch_size": 2, "num_frames": 9}
 
 
-def ignore(*_: Any) -> None:
-    """Nobody watches."""
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.checkpoint(tmp_path_factory.mktemp("checkpoint") / "c", "5b")
-
-
 @pytest.fixture(scope="module")
 def store(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
     """Six clips of the world, of two lengths, as latents."""
     place = tmp_path_factory.mktemp("data") / "store"
     model, items = tiny.model(folder), clips.discover(["world:6"])
-    made = Store.open(place, space=model.space, text_space=model.text_space, create=True)
     told = tiny.asked(folder, "encode", inputs=["world:6"])
-    embed_captions(model, made, items, ignore)
-    for some, size in ((items[:4], (9, 32, 32)), (items[4:], (1, 32, 32))):
-        list(encode(model, made, some, [size], told, ignore))
+    tiny.fill(model, place, told, (items[:4], (9, 32, 32)), (items[4:], (1, 32, 32)))
     return str(place)
 
 
@@ -237,7 +223,7 @@ def test_a_loss_that_is_not_finite_stops_and_names_the_clips(
         return {"x": torch.full((1, 1), value if step == 3 else 1.0), "keys": [f"clip-{step}"]}
 
     with pytest.raises(VgenError, match=f"{says} at step 4, on: clip-3"):
-        train.fit(Broken(), batch, told, tiny.CPU, tmp_path, train.Between(ignore))  # type: ignore[arg-type]
+        train.fit(Broken(), batch, told, tiny.CPU, tmp_path, train.Between(tiny.ignore))  # type: ignore[arg-type]
     tensors, record = load_tensors(tmp_path / "state.safetensors")
     assert record["step"] == 2
     assert all(t.isfinite().all() for t in tensors.values())
@@ -332,7 +318,7 @@ def test_what_is_written_loads_in_vgen_and_in_plain_diffusers(folder: Path, stor
     state, _ = load_tensors(out / "training" / "state.safetensors")
     for name, weight in network.state_dict().items():
         assert torch.equal(weight, state[f"ema/transformer.{name}"].bfloat16())
-    made = generate(tiny.model(out), tiny.asked(out), ignore)["latents"]
+    made = generate(tiny.model(out), tiny.asked(out), tiny.ignore)["latents"]
     assert made.isfinite().all()
     files = [path for path in out.rglob("*") if path.is_file()]
     assert {stat.S_IMODE(path.stat().st_mode) for path in files} == {0o640}

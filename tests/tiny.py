@@ -1,9 +1,10 @@
-"""Tiny checkpoints of CogVideoX with random weights, in diffusers' layout, and what tests need beside them."""
+"""Tiny checkpoints of CogVideoX with random weights, in diffusers' layout, and what tests of all families share."""
 
 from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,13 @@ import torch
 from diffusers import AutoencoderKLCogVideoX, CogVideoXTransformer3DModel
 from transformers import T5Config, T5EncoderModel
 
-from vgen.family import resolve
+from vgen.clips import Item, Size
+from vgen.encode import Encoded, embed_captions, encode
+from vgen.family import Family, resolve
 from vgen.machine import Machine
 from vgen.plugins.cogvideox import describe, family
 from vgen.plugins.cogvideox.model import CogVideoX, load
+from vgen.store import Store
 
 DEMO = family.demo
 assert DEMO is not None
@@ -96,7 +100,24 @@ def model(folder: Path, machine: Machine = CPU) -> CogVideoX:
     return load(folder, describe(folder), machine)
 
 
-def asked(folder: Path, verb: str = "sample", **flags: Any) -> Any:
+def asked(folder: Path, verb: str = "sample", *, card: Family = family, **flags: Any) -> Any:
     """Options of a verb, filled and checked as the command line does it."""
+    assert card.describe is not None
     told = {"seed": 3, "num_inference_steps": 4, "prompt": "a red ball rising"} if verb == "sample" else {"seed": 3}
-    return resolve(family, family.verbs[verb](**{**told, **flags}), describe(folder))
+    return resolve(card, card.verbs[verb](**{**told, **flags}), card.describe(folder))
+
+
+def ignore(*_: Any) -> None:
+    """Nobody watches."""
+
+
+def opened(model: Any, place: Path) -> Store:
+    """A store, made if it is not there."""
+    return Store.open(place, space=model.space, text_space=model.text_space, create=True)
+
+
+def fill(model: Any, place: Path, told: Any, *some: tuple[Sequence[Item], Size]) -> list[Encoded]:
+    """Encode clips of several sizes, with their texts, into a store; `told` are options of encode."""
+    store = opened(model, place)
+    embed_captions(model, store, [item for items, _ in some for item in items], ignore)
+    return [one for items, size in some for one in encode(model, store, items, [size], told, ignore)]
