@@ -195,7 +195,10 @@ class Handler(BaseHTTPRequestHandler):
             name, rest = "/".join(parts[2:4]), parts[4:]
             repo = self._repo(name)
             verb = rest[0].replace("-", "_") if rest else "info"
-            return getattr(self, f"_api_{verb}")(name, repo, *rest[1:])
+            route = getattr(self, f"_api_{verb}", None)
+            if route is None:
+                raise Refused(404, "", f"no such route: {verb}")
+            return route(name, repo, *rest[1:])
         name = "/".join(parts[:2])
         if parts[2:5] == ["info", "lfs", "objects"]:
             self._account()
@@ -255,6 +258,12 @@ class Handler(BaseHTTPRequestHandler):
             self._repo(name, files=True)
         files = repo.trees[self._commit_of(repo, revision)]
         self._json([self._entry(path, data) for path, data in files.items()])
+
+    def _api_paths_info(self, name: str, repo: Repo, revision: str) -> None:
+        files = repo.trees[self._commit_of(repo, revision)]
+        text = self.body.decode()
+        wanted = json.loads(text)["paths"] if text.startswith("{") else parse_qs(text)["paths"]
+        self._json([self._entry(path, files[path]) for path in wanted if path in files])
 
     def _entry(self, path: str, data: bytes | Pointer) -> dict[str, Any]:
         size = data.size if isinstance(data, Pointer) else len(data)
@@ -335,9 +344,7 @@ class Handler(BaseHTTPRequestHandler):
         found = []
         for one in json.loads(self.body)["files"]:
             path, mode = one["path"], "lfs" if one["path"].endswith(LFS) else "regular"
-            oid = (
-                (sha256(tree[path]) if mode == "lfs" else git(tree[path])) if path in tree else None
-            )
+            oid = (sha256(tree[path]) if mode == "lfs" else git(tree[path])) if path in tree else None
             found.append({"path": path, "uploadMode": mode, "shouldIgnore": False, "oid": oid})
         self._json({"files": found})
 

@@ -86,6 +86,8 @@ def _refusal(repo: str, error: Any) -> VgenError:
         401: "Log in with a valid token: hf auth login (or set HF_TOKEN).",
         403: "Use a token that may write there, or another owner: hf auth login (or set HF_TOKEN).",
         412: "Someone else has pushed since. Look at the changes there, then push again.",
+        405: "This server only serves downloads, as mirrors do: unset HF_ENDPOINT, or name one that takes uploads.",
+        409: "A tag never moves: choose the next one, such as v1.0.1.",
         429: "Too many requests: wait some minutes, and log in, which raises the limit.",
     }.get(status, "Run it again later; the Hub's state: https://status.huggingface.co")
     return VgenError(f"The Hub refused {repo} ({status}): {told}", do)
@@ -156,9 +158,17 @@ def left_out(base: Path) -> list[str]:
 def search(words: str, tags: list[str], author: str = "", limit: int = 20) -> list[dict[str, Any]]:
     """Models of the Hub that have all of `tags`: repository, tags, downloads, date. Raises VgenError."""
     from huggingface_hub import HfApi
+    from huggingface_hub.errors import RepositoryNotFoundError
 
-    with talking(words or "the list of models"):
-        found = HfApi().list_models(search=words or None, filter=tags, author=author or None, limit=limit, full=True)
+    with talking("the list of models"):
+        try:
+            found = list(
+                HfApi().list_models(search=words or None, filter=tags, author=author or None, limit=limit, full=True)
+            )
+        except RepositoryNotFoundError as error:
+            raise VgenError(
+                f"{page('')} does not list models, as many mirrors do not.", "Search without HF_ENDPOINT."
+            ) from error
         return [
             {
                 "checkpoint": one.id,
