@@ -17,7 +17,7 @@ from pathlib import Path
 from vgen import options
 from vgen.cache import missing
 from vgen.commands.surface import sections
-from vgen.family import Checkpoint, Family, Rule, family
+from vgen.family import Checkpoint, Family, Rule, families, family
 
 ROOT = Path(__file__).resolve().parent.parent
 TABLE = re.compile(r"(<!-- table: ([^\n]+?) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -111,13 +111,19 @@ def parts(name: str) -> str:
     return table(("part", "what it is", "trains on"), rows)
 
 
+def lora_targets() -> str:
+    """The layers that train-lora adapts when none are named."""
+    rows = ((f"`{card.name}`", ", ".join(f"`{one}`" for one in card.lora_targets)) for card in families()[0])
+    return table(("family", "layers"), rows)
+
+
 def recipes(name: str) -> str:
-    """The settings files beside the card of a family, by what their first line says, and the commands to run them.
+    """The recipes of a family's demo, by what their first line says, and the commands to run them.
 
     A line "# Its data: COMMAND" is a command that comes before.
     """
     rows, lines = [], []
-    for path in sorted((ROOT / "vgen" / "plugins" / name).glob("*.toml")):
+    for path in sorted((ROOT / "vgen" / "plugins" / name).glob("demo-*.toml")):
         text, place = path.read_text(encoding="utf-8"), path.relative_to(ROOT)
         told = text.partition("\n")[0].removeprefix("#").strip()
         rows.append((f"[{path.name}](../{place})", told, f"`{tomllib.loads(text)['output']}`"))
@@ -148,6 +154,7 @@ KINDS: dict[str, Callable[..., str]] = {
     "rules": rules,
     "parts": parts,
     "recipes": recipes,
+    "lora-targets": lora_targets,
     "world": drawn,
 }
 

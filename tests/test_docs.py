@@ -12,9 +12,10 @@ from pathlib import Path
 
 import pytest
 import tiny
+import torch
 from shell import Done, run, vgen
 
-from vgen import latents, record, world
+from vgen import adapter_file, latents, record, world
 from vgen.cli import VERBS
 from vgen.commands.surface import sections
 from vgen.errors import UsageError, VgenError
@@ -65,6 +66,9 @@ def desk(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (desk / "bears" / "frame_00000.png").rename(desk / "bear.png")
     latents.write(desk / "clip.safetensors", {"latents": pixels}, {"space": SPACE, "fps": "8/1", "captions": [caption]})
     Store.open(desk / "latents", space=SPACE, create=True)
+    pairs = {"transformer_blocks.0.attn1.to_q": (torch.ones(1, 192), torch.ones(192, 1))}
+    for name in ("look", "motion"):
+        adapter_file.write(desk / name / adapter_file.WEIGHTS, "transformer", pairs, {})
     demo = str(family("cogvideox").demo)
     (desk / "tuned").symlink_to(demo, target_is_directory=True)
     (settings,) = (text for name, text in blocks("toml").items() if name.startswith("command-line.md"))
@@ -168,7 +172,8 @@ def test_the_second_command_of_the_readme_runs_these_tests():
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.name)
 def test_recipes_set_only_options_that_exist(recipe):
-    values, origins = gather(family(recipe.parent.name).options("finetune"), {}, {}, recipe)
+    verb = "train-lora" if recipe.name.startswith("lora-") else "finetune"
+    values, origins = gather(family(recipe.parent.name).options(verb), {}, {}, recipe)
     assert {name for name, origin in origins.items() if origin == str(recipe)} == read(recipe).keys()
     assert values["output"].parts[0] == "runs"  # which git leaves out
 

@@ -54,7 +54,8 @@ def adapted(card: Family, model: Model, base: Path, options: Any) -> tuple[Part,
     """The part with its network frozen and a new adapter on it, which alone trains; and what saves the adapter."""
     part = model.part(options.part, options)
     ((name, network),) = part.modules.items()
-    start = _start(options, card, base, name, network)
+    source = locate(options.init_lora) if options.init_lora else None
+    start = _start(source, options, card, base, name, network) if source else None
     wanted = list(options.target_modules or card.lora_targets)
     layers = list(start.pairs) if start else adapters.targets(network, wanted)
     rank = options.rank or (max(start.ranks) if start else RANK)
@@ -62,7 +63,8 @@ def adapted(card: Family, model: Model, base: Path, options: Any) -> tuple[Part,
     if options.quantize:
         quant.quantize(network, options.quantize, model.machine.device)
     network.to(model.machine.device)
-    put_on(network, [locate(spec) for spec in options.lora], card, base, name)
+    under = [locate(spec) for spec in options.lora]
+    put_on(network, under, card, base, name)
     weights = adapters.add(network, layers, rank=rank, alpha=alpha, dropout=options.lora_dropout, seed=options.seed)
     if start:
         adapters.put(weights, start.pairs, alpha / rank)
@@ -81,23 +83,20 @@ def adapted(card: Family, model: Model, base: Path, options: Any) -> tuple[Part,
         },
         "rank": rank,
         "alpha": alpha,
-        "targets": wanted,
+        "targets": [] if start else wanted,
         "layers": len(layers),
-        "run": {k: getattr(options, k) for k in ("seed", "max_train_steps", "learning_rate", "init_lora", "lora")},
+        "start": _told([source] if source else []),
+        "under": _told(under),
+        "run": {k: getattr(options, k) for k in ("seed", "max_train_steps", "learning_rate")},
     }
     return part, partial(_save, card, options, network, told)
 
 
-def _start(options: Any, card: Family, base: Path, part: str, network: nn.Module) -> Adapter | None:
+def _start(source: Source, options: Any, card: Family, base: Path, part: str, network: nn.Module) -> Adapter:
     """The adapter of --init-lora, of the rank that is asked for. Raises UsageError."""
-    if not options.init_lora:
-        return None
-    source = locate(options.init_lora)
     found = load(source, card, base, part, network)[0]
     if options.target_modules:
-        raise UsageError(
-            "--target-modules and --init-lora exclude each other: the adapter has its layers.", "Leave one out."
-        )
+        raise UsageError("--target-modules does nothing with --init-lora, which has its layers.", "Leave one out.")
     if found.ranks != {options.rank or max(found.ranks)}:
         ranks = ", ".join(map(str, sorted(found.ranks)))
         raise UsageError(
@@ -168,11 +167,15 @@ def merged(
     (name,) = model.base
     network = _networks(card, model).get(name)
     adapters.merge(network)
-    told = [{"reference": one.reference, "scale": one.scale, "hash": one.sha256()} for one in loras]
     of = {"reference": reference, "revision": commit(base), "hash": file_hash(base / name)}
     manifest = {"format": "vgen-checkpoint/1", "family": card.name, "tag": output.name, "part": name}
-    export(base, {name: network}, output, {**manifest, "base": of, "adapters": told}, dtype)
+    export(base, {name: network}, output, {**manifest, "base": of, "adapters": _told(loras)}, dtype)
     return heard
+
+
+def _told(sources: Iterable[Source]) -> list[dict[str, Any]]:
+    """What a manifest says of adapters."""
+    return [{"reference": one.reference, "scale": one.scale, "hash": one.sha256()} for one in sources]
 
 
 def stored(folder: Path) -> torch.dtype:

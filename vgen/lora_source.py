@@ -45,19 +45,34 @@ def split(spec: str) -> tuple[str, float]:
     return reference, scale
 
 
+def check(spec: str) -> None:
+    """Refuse what cannot name an adapter, without a network: a path that is not there. Raises UsageError, VgenError."""
+    reference, _ = split(spec)
+    if _here(reference) is None:
+        registry.named(reference)
+
+
 def locate(spec: str) -> Source:
     """The adapter that PATH[:SCALE] means, downloaded where it is on the Hub. Raises UsageError, VgenError."""
     reference, scale = split(spec)
-    path = Path(reference).expanduser()
-    if path.is_file():
+    path = _here(reference)
+    if path is not None:
         return Source(reference, path, scale)
-    if path.is_dir():
-        return Source(reference, _within(path), scale)
-    if path.suffix == ".safetensors" or reference.startswith((".", "/", "~")):
-        raise UsageError(f"--lora {reference}: there is no such file or folder.", GRAMMAR)
     found = registry.pull(registry.named(reference))
     assert found.folder is not None
     return Source(found.reference, _within(found.folder), scale)
+
+
+def _here(reference: str) -> Path | None:
+    """The file of an adapter on this disk; None for what may be on the Hub. Raises UsageError, VgenError."""
+    path = Path(reference).expanduser()
+    if path.is_file():
+        return path
+    if path.is_dir():
+        return _within(path)
+    if path.suffix == ".safetensors" or reference.startswith((".", "/", "~")) or "/" not in reference.rstrip("/"):
+        raise UsageError(f"--lora {reference}: there is no such file or folder.", GRAMMAR)
+    return None
 
 
 def _within(folder: Path) -> Path:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from vgen import __version__, family, lean, lineage, outputs, record, registry, settings, tensorfile
+from vgen import __version__, family, lean, lineage, lora_source, outputs, record, registry, settings, tensorfile
 from vgen.commands.errors import explain
 from vgen.commands.output import Out, complain, mode
 from vgen.commands.quiet import hush
@@ -150,6 +150,9 @@ def check_inputs(options: RunOptions) -> None:
     for name, path in _inputs(options):
         if not path.exists():
             raise UsageError(f"{flag(name)} {path}: there is no such file or folder.", "Check the path.")
+    for spec in [*getattr(options, "lora", []), getattr(options, "init_lora", None)]:
+        if spec:
+            lora_source.check(spec)
 
 
 def _inputs(options: RunOptions) -> Iterator[tuple[str, Path]]:
