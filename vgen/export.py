@@ -17,10 +17,12 @@ from torch import nn
 from vgen.cache import read_json
 from vgen.errors import VgenError
 from vgen.files import explained, replacing, sweep, sync_folder
+from vgen.lineage import KEYS
 
 MANIFEST = "vgen.json"
 LEFT_OUT = ("training", ".cache", ".git")
-STALE = ("files",)  # what the base's manifest says of its own bytes
+ABOUT = (".tmp", ".md")  # the base's model card is not that of what was trained from it
+STALE = ("files", *KEYS)  # what the base's manifest says of its own bytes, and of where they come from
 ONE_FILE = "1000GB"  # weights are never cut into shards, so that they are replaced in one step
 
 
@@ -40,7 +42,8 @@ def export(
             _save(network, _temporary(folder / name), dtype)
         for name in networks:
             _place(folder / name)
-    told = {k: v for k, v in read_json(base / MANIFEST).items() if k not in STALE}
+    stale = STALE if base.resolve() != folder.resolve() else STALE[:1]
+    told = {k: v for k, v in read_json(base / MANIFEST).items() if k not in stale}
     with replacing(folder / MANIFEST) as file:
         file.write((json.dumps({**told, **manifest}, indent=2) + "\n").encode())
 
@@ -53,7 +56,7 @@ def _copy_missing(base: Path, folder: Path, replaced: set[str]) -> None:
     """Copy what the base has and the folder lacks, except the networks and the manifest, which are written anew."""
     for source in base.iterdir():
         target = folder / source.name
-        if source.name in {*replaced, *LEFT_OUT, MANIFEST} or source.suffix == ".tmp" or target.exists():
+        if source.name in {*replaced, *LEFT_OUT, MANIFEST} or source.suffix in ABOUT or target.exists():
             continue
         temporary = _temporary(target)
         if source.is_dir():

@@ -236,6 +236,12 @@ def _told(folder: Path) -> Checkpoint:
     )
 
 
+def license_of(reference: str) -> str:
+    """The licence of the repository that a reference names, where a card tells it; else nothing."""
+    repo = (_parsed(reference) or ("", "", ""))[0]
+    return next((c.license for card in families()[0] for c in card.checkpoints if repo and c.repo == repo), "")
+
+
 def here(found: Found) -> Found:
     """What `named` gave, pinned, with its folder if all of it is in the cache; a checkpoint or an adapter."""
     base = cache.snapshot(found.repo, found.revision)

@@ -140,6 +140,8 @@ def _stage(folder: Path, place: Path, target: publish.Target, license: str, name
     if name and manifest.get("family", name) != name:
         raise UsageError(f"{folder} is of the family '{manifest['family']}', not '{name}'.")
     manifest["family"] = name = str(manifest.get("family") or name)
+    start = manifest.get("base") or {}
+    manifest["license"] = manifest.get("license") or registry.license_of(str(start.get("reference", "")))
     return publish.finish(place, manifest, target, _task(place, name))
 
 
