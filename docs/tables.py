@@ -117,15 +117,16 @@ def lora_targets() -> str:
     return table(("family", "layers"), rows)
 
 
-def recipes(name: str) -> str:
-    """The recipes of a family's demo, by what their first line says, and the commands to run them.
+def recipes(name: str, start: str = "demo") -> str:
+    """The settings files beside the card of a family, by what their first line says, and the commands to run them.
 
-    A line "# Its data: COMMAND" is a command that comes before.
+    Those whose names begin with `start`. A line "# Its data: COMMAND" is a command that comes before, and what a line
+    "# Not tried" says is told.
     """
     rows, lines = [], []
-    for path in sorted((ROOT / "vgen" / "plugins" / name).glob("demo-*.toml")):
+    for path in sorted((ROOT / "vgen" / "plugins" / name).glob(f"{start}-*.toml")):
         text, place = path.read_text(encoding="utf-8"), path.relative_to(ROOT)
-        told = text.partition("\n")[0].removeprefix("#").strip()
+        told = " ".join([text.partition("\n")[0][2:], *re.findall(r"^# (Not tried.*)$", text, re.MULTILINE)])
         rows.append((f"[{path.name}](../{place})", told, f"`{tomllib.loads(text)['output']}`"))
         lines += [*re.findall(r"^# Its data: (.+)$", text, re.MULTILINE), f"vgen finetune {name} --config {place}"]
     return table(("recipe", "what it does", "output"), rows) + "\n```sh\n" + "\n".join(lines) + "\n```\n"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import json
 from collections import Counter
@@ -17,12 +18,14 @@ from torch import Tensor, nn
 from vgen import clips, curriculum, diffusion, packing
 from vgen.encode import embed_captions, encode
 from vgen.errors import UsageError, VgenError
+from vgen.family import resolve
 from vgen.finetune import batches, finetune
 from vgen.packing import Packs, fill
-from vgen.plugins.cogvideox import family
+from vgen.plugins.cogvideox import CHECKPOINTS, Finetune, describe, family
 from vgen.plugins.cogvideox.attention import Products
 from vgen.plugins.cogvideox.pictures import Pictures
 from vgen.plugins.cogvideox.transformer import Transformer
+from vgen.settings import gather
 from vgen.store import Store
 from vgen.tensorfile import load_tensors
 
@@ -369,6 +372,10 @@ def test_stages_take_stores_of_their_own(folder: Path, store: str, tmp_path: Pat
     make = batches(family, tiny.model(folder), options)
     assert set(shaped(make(0))) == {(1, 64, 64)}
     assert set(shaped(make(1))) < set(SIZES)
+    plan = written(tmp_path / "plan.toml", f'[[stage]]\nsteps = 9\n[[stage]]\nsteps = 1\ndata = ["{other}"]\n')
+    options = tiny.asked(folder, "finetune", data=[store], max_train_steps=9, curriculum=plan)
+    make = batches(family, tiny.model(folder), options)
+    assert {size for i in range(9) for size in shaped(make(i))} <= set(SIZES)
 
 
 def test_a_resume_across_the_edge_of_a_stage_is_exact(folder: Path, store: str, tmp_path: Path) -> None:
@@ -489,3 +496,28 @@ def test_learned_positions_take_no_other_size() -> None:
 
 def test_a_clip_knows_its_size() -> None:
     assert curriculum.pixels((16, 13, 60, 90), (4, 8, 8)) == (49, 480, 720)
+
+
+# Recipes
+
+RECIPES = sorted(Path(inspect.getfile(type(family))).parent.glob("plugins/cogvideox/finetune-*.toml"))
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_recipes_fit_their_checkpoint_and_train(recipe: Path, tmp_path: Path) -> None:
+    """As they stand, but on a tiny network of the same kind, its size of clips, and one step of one pass."""
+    values, _ = gather(Finetune, {}, {}, recipe)
+    tag = recipe.stem.removeprefix("finetune-")
+    assert values["checkpoint"] == f"cogvideox.{tag}"
+    resolve(family, Finetune(**values), family.checkpoint(tag))
+    made = tiny.checkpoint(tmp_path / "c", tag)
+    frames = describe(made).defaults["num_frames"]
+    data = fill_store(made, tmp_path / "store", [(frames, 32, 32)], 1)
+    small = {"data": [data], "max_train_steps": 1, "gradient_accumulation_steps": 1, "optimizer": "adamw"}
+    told = {name: value for name, value in values.items() if name not in ("output", "checkpoint")}
+    run(made, tmp_path / "out", **{**told, **small, "device": "cpu"})
+    assert lines(tmp_path / "out")[-1]["step"] == 1
+
+
+def test_every_released_checkpoint_has_a_recipe() -> None:
+    assert {path.stem.removeprefix("finetune-") for path in RECIPES} == {one.tag for one in CHECKPOINTS}

@@ -89,22 +89,25 @@ class Staged:
 
 def staged(
     curriculum: Curriculum,
+    data: Sequence[str],
     strides: tuple[int, int, int],
     micro: int,
     order: Callable[[int, Stage, Sequence[Clip]], Order],
 ) -> Arrange:
     """How clips go together under a curriculum: order(i, stage, clips) arranges those that fit stage i.
 
-    `strides` are those of the latents, in frames, rows and columns. The arranging raises UsageError for a stage that
-    no clip fits.
+    `data` are the stores of stages that name none, `strides` those of the latents, in frames, rows and columns. The
+    arranging raises UsageError for a stage that no clip fits.
     """
 
     def arrange(clips: Sequence[Clip]) -> Order:
         orders = []
         for i, stage in enumerate(curriculum.stages):
-            fit = [clip for clip in clips if _from(stage, clip) and stage.takes(*pixels(clip.shape, strides))]
+            folders = {Path(one).resolve() for one in stage.data or data}
+            found = [(clip, pixels(clip.shape, strides)) for clip in clips if clip.store.folder.resolve() in folders]
+            fit = [clip for clip, size in found if stage.takes(*size)]
             if not fit:
-                sizes = sorted({pixels(clip.shape, strides) for clip in clips if _from(stage, clip)})
+                sizes = sorted({size for _, size in found})
                 there = ", ".join("x".join(map(str, size)) for size in sizes[:8])
                 raise UsageError(
                     f"{curriculum.path}: no clip fits stage {i + 1}.", f"Its data hold: {there or 'no clips'}."
@@ -113,11 +116,6 @@ def staged(
         return Staged(curriculum, tuple(orders), micro)
 
     return arrange
-
-
-def _from(stage: Stage, clip: Clip) -> bool:
-    """Whether a clip lies in one of the stores of a stage."""
-    return not stage.data or clip.store.folder.resolve() in {Path(one).resolve() for one in stage.data}
 
 
 def pixels(shape: Sequence[int], strides: tuple[int, int, int]) -> tuple[int, int, int]:
