@@ -7,10 +7,7 @@ import json
 import multiprocessing
 import os
 import random
-import signal
 import stat
-import subprocess
-import sys
 import time
 from collections import Counter
 from pathlib import Path
@@ -20,7 +17,6 @@ import diffusers
 import pytest
 import tiny
 import torch
-from shell import environment
 from torch import Tensor, nn
 from transformers import T5EncoderModel
 
@@ -377,36 +373,3 @@ def test_a_kill_during_export_leaves_a_whole_checkpoint(folder: Path, tmp_path: 
         assert tiny.model(out).networks.get("vae") is not None
     export(folder, {"transformer": tiny.model(folder).networks.get("transformer")}, out, {}, torch.float32)
     assert not list(out.glob(".*"))
-
-
-def test_ctrl_c_finishes_the_step_saves_and_can_be_resumed(folder: Path, store: str, tmp_path: Path) -> None:
-    line = [sys.executable, "-m", "vgen.cli", "finetune", "cogvideox", "--checkpoint", str(folder), "--data", store]
-    line += [
-        "--max-train-steps",
-        "100000",
-        "--lr-scheduler",
-        "constant",
-        "--seed",
-        "3",
-        "-o",
-        str(tmp_path / "out"),
-        "--train-batch-size",
-        "2",
-    ]
-    process = subprocess.Popen(line, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    path = tmp_path / "out" / "training" / "log.jsonl"
-    for _ in range(1200):
-        time.sleep(0.1)
-        if path.exists() or process.poll() is not None:
-            break
-    time.sleep(1.0)
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == 130, err
-    assert out == ""
-    done = len(log(tmp_path / "out"))
-    assert load_tensors(tmp_path / "out" / "training" / "state.safetensors")[1]["step"] == done > 0
-    assert (tmp_path / "out" / "transformer" / "diffusion_pytorch_model.safetensors").exists()
-    told = {"train_batch_size": 2, "lr_scheduler": "constant", "max_train_steps": done + 1}
-    run(folder, tmp_path / "out", data=[store], resume=True, **told)
-    assert len(log(tmp_path / "out")) == done + 1

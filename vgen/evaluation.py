@@ -3,38 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Mapping, Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 
 from vgen.machine import seeded
 from vgen.model import Part
 
-Item = TypeVar("Item")
 BANDS = 4  # equal parts of the distribution of training times, from little noise to much
-LEAST = 16  # a smaller data set is trained on whole
-MOST = 6  # clips: their 24 forward passes are some 2 % of 500 steps on one clip each
-
-
-def hold_out(
-    groups: Mapping[Hashable, Sequence[Item]], share: float, seed: int | None
-) -> tuple[dict[Hashable, list[Item]], dict[Hashable, list[Item]]]:
-    """(what is trained on, what is held out), by group: a seeded draw of `share` of the items, of 1 to `MOST`.
-
-    A group keeps at least one item to train on. Nothing is held out of fewer than `LEAST` items.
-    """
-    train = {name: list(group) for name, group in groups.items()}
-    held: dict[Hashable, list[Item]] = {}
-    places = [(name, i) for name, group in train.items() for i in range(len(group))]
-    count = min(MOST, max(1, round(share * len(places)))) if share and len(places) >= LEAST else 0
-    taken: set[tuple[Hashable, int]] = set()
-    for k in torch.randperm(len(places), generator=seeded(seed, "held out")).tolist():
-        name, _ = places[k]
-        if len(taken) < count and len(held.get(name, ())) + 1 < len(train[name]):
-            taken.add(places[k])
-            held.setdefault(name, []).append(train[name][places[k][1]])
-    return {n: [one for i, one in enumerate(g) if (n, i) not in taken] for n, g in train.items()}, held
 
 
 @torch.no_grad()

@@ -37,11 +37,14 @@ def export(
     with explained(f"write the checkpoint {folder}"):
         folder.mkdir(parents=True, exist_ok=True)
         sweep(folder)
-        _copy_missing(base, folder, set(networks))
-        for name, network in networks.items():
-            _save(network, _temporary(folder / name), dtype)
-        for name in networks:
-            _place(folder / name)
+        try:
+            _copy_missing(base, folder, set(networks))
+            for name, network in networks.items():
+                _save(network, _temporary(folder / name), dtype)
+            for name in networks:
+                _place(folder / name)
+        finally:
+            _clean(folder, {*networks, *(source.name for source in base.iterdir())})
     stale = STALE if base.resolve() != folder.resolve() else STALE[:1]
     told = {k: v for k, v in read_json(base / MANIFEST).items() if k not in stale}
     with replacing(folder / MANIFEST) as file:
@@ -50,6 +53,15 @@ def export(
 
 def _temporary(place: Path) -> Path:
     return place.with_name(f".{place.name}.tmp")
+
+
+def _clean(folder: Path, names: set[str]) -> None:
+    """Remove what a failure left unfinished: on a full disk it would be in the way of the next try."""
+    for temporary in (_temporary(folder / name) for name in names):
+        if temporary.is_dir():
+            shutil.rmtree(temporary, ignore_errors=True)
+        else:
+            temporary.unlink(missing_ok=True)
 
 
 def _copy_missing(base: Path, folder: Path, replaced: set[str]) -> None:

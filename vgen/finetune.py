@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from vgen import clips, curriculum, train
+from vgen import clips, curriculum, fingerprint, lineage, logs, optimizers, record, train, validation
+from vgen.cache import read_json
 from vgen.curriculum import Curriculum, Stage
-from vgen.dataset import Arrange, Batch, Clip, Order, by_shape, latent_batches, pixel_batches
+from vgen.dataset import Arrange, Batch, Clip, Data, Order, by_shape, latent_batches, pixel_batches
 from vgen.errors import UsageError
-from vgen.export import export
+from vgen.export import MANIFEST
+from vgen.export import export as write_checkpoint
 from vgen.family import Family
+from vgen.files import replacing
+from vgen.lock import HOLDER, LOCK, claimed
 from vgen.machine import DTYPES, Machine
 from vgen.model import Model, OnStep, Part
 from vgen.packing import Packs
 from vgen.store import Store
 
+VALIDATION = "validation"
 Export = Callable[[Mapping[str, nn.Module]], None]  # writes what has been trained, by the names of Part.modules
 Ready = Callable[[Family, Model, Path, Any], tuple[Part, Export]]
 
@@ -34,7 +41,7 @@ def whole(card: Family, model: Model, base: Path, options: Any) -> tuple[Part, E
         if settle is not None:
             settle()
         manifest = {"format": "vgen-checkpoint/1", "family": card.name, "tag": output.name, "part": options.part}
-        export(base, networks, output, manifest, DTYPES[options.save_dtype])
+        write_checkpoint(base, networks, output, manifest, DTYPES[options.save_dtype])
 
     return part, save
 
@@ -47,44 +54,97 @@ def finetune(
     machine: Machine,
     on_step: OnStep = lambda name, i, n: None,
     ready: Ready = whole,
+    *,
+    on_start: Callable[[], None] = lambda: None,
+    on_note: Callable[[str], None] = lambda text: None,
+    hashes: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """Train the part `options.part` and write the folder `options.output`; the state lies in output/training.
 
-    `base` is the folder of the checkpoint that is trained further; `ready` says what of it trains, and how that is
-    written. Returns the figures of the last step.
-    Raises UsageError where the output is not empty and neither --resume nor --overwrite says what to do with it.
+    `base` is the folder of the checkpoint that is trained further, `hashes` those of its weights where they are known;
+    `ready` says what of it trains, and how that is written. `on_start` is called when all is loaded, `on_note` with
+    what a user should hear. Returns the figures of the last step.
+    Raises UsageError where the output is not empty and neither --resume nor --overwrite says what to do with it, where
+    another run writes to it, and where a resumed run would go on with something else.
     """
+    optimizers.require(options.optimizer, machine.device)
+    logs.require(options.report_to)
+    asked = validation.wanted(card, base, options)
     output = Path(options.output)
-    fresh = not options.resume and output.resolve() != base.resolve()
-    if fresh and not options.overwrite and output.is_dir() and any(output.iterdir()):
-        raise UsageError(
-            f"{output} is not empty.",
-            "--resume goes on with the run in it, --overwrite starts anew; or choose another.",
-        )
-    batch = batches(card, model, options)
-    part, save = ready(card, model, base, options)
-    if fresh:
-        _clear(output, base)
-    return train.fit(part, batch, options, machine, output / "training", train.Between(save, on_step=on_step))
+    state = output / "training"
+    in_place = output.resolve() == base.resolve()
+    with claimed(state):
+        fresh = not options.resume and not in_place
+        if fresh and not options.overwrite and _occupied(output):
+            raise UsageError(
+                f"{output} is not empty.",
+                "--resume goes on with the run in it, --overwrite starts anew; or choose another.",
+            )
+        data = batches(card, model, options)
+        found = {} if in_place else hashes or lineage.weights(base)  # in place they change while it trains
+        identity = fingerprint.identity(options, data.identity, found)
+        if options.resume:
+            fingerprint.require(state / train.STATE, identity)
+        validation.prepare(model, asked)
+        part, save = ready(card, model, base, options)
+        if fresh:
+            _clear(output, base)
+        for text in data.notes:
+            on_note(text)
+        load = partial(card.loader(), base, getattr(model, "checkpoint", None), machine)
+        show = validation.shown(load, model, asked, output / VALIDATION) if asked else None
+        on_start()
+        origin = _origin(card, base, options, data, in_place)
+
+        def export(networks: Mapping[str, nn.Module]) -> None:
+            save(networks)
+            _sign(output / MANIFEST, origin)
+
+        between = train.Between(export, data.held, show, on_step)
+        return train.fit(part, data, options, machine, state, between, identity)
+
+
+def _origin(card: Family, base: Path, options: Any, data: Data, in_place: bool) -> dict[str, Any]:
+    """What vgen.json says of where the weights come from."""
+    settings = record.plain(options)
+    verb = "train-lora" if hasattr(options, "rank") else "finetune"
+    told = {"data": lineage.data(data.sources), "run": lineage.run(verb, card.name, settings, data=dict(data.identity))}
+    return told if in_place else {**told, "base": lineage.base(base, str(options.checkpoint or base))}
+
+
+def _sign(manifest: Path, origin: Mapping[str, Any]) -> None:
+    """Add to a manifest where the weights beside it come from."""
+    told = read_json(manifest)
+    for key, value in origin.items():
+        both = isinstance(value, dict) and isinstance(told.get(key), dict)
+        told[key] = {**told[key], **value} if both else value
+    with replacing(manifest) as file:
+        file.write((json.dumps(told, indent=2, default=str) + "\n").encode())
+
+
+def _occupied(output: Path) -> bool:
+    """Whether something is there that would be lost."""
+    return any(path.name not in (LOCK, HOLDER, "training") for path in [*output.iterdir(), *output.glob("training/*")])
 
 
 def _clear(output: Path, base: Path) -> None:
     """Make way for a run from the start: remove an earlier run's state and what it copied from its base."""
-    for path in [output / "training", *(output / entry.name for entry in base.iterdir())]:
+    ours = [path for path in (output / "training").iterdir() if path.name not in (LOCK, HOLDER)]
+    for path in [*ours, output / VALIDATION, *(output / entry.name for entry in base.iterdir())]:
         if path.is_dir():
             shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)
 
 
-def batches(card: Family, model: Model, options: Any) -> Callable[[int], Batch]:
-    """The batches that a part trains on, as a function of the step. Raises UsageError where --data does not fit."""
+def batches(card: Family, model: Model, options: Any) -> Data:
+    """The batches that a part trains on. Raises UsageError where --data does not fit."""
     if not options.data:
         raise UsageError("--data is missing.", "Give a latent store (vgen encode makes one), or clips for pixels.")
     if card.part(options.part).trains_on == "pixels":
         items = clips.discover(list(options.data), None)
         size = (options.num_frames, options.height, options.width)
-        return pixel_batches(items, size, options.train_batch_size, options.seed)
+        return pixel_batches(items, size, options.train_batch_size, options.seed, held=options.eval_share)
     mend = f"vgen encode {card.name} CLIPS --checkpoint {options.checkpoint or 'demo'} -o {options.data[0]}"
     texts = model.text_space is not None and not getattr(options, "train_text_encoder", False)
     wanted = model.text_space if texts else None
@@ -92,8 +152,18 @@ def batches(card: Family, model: Model, options: Any) -> Callable[[int], Batch]:
     folders = dict.fromkeys(Path(one) for one in [*options.data, *(stages.data if stages else [])])
     stores = [Store.open(folder, space=model.space, text_space=wanted, mend=mend) for folder in folders]
     arrange = partial(_order, model, options, 0, None) if stages is None else _staged(model, options, stages)
-    make = latent_batches(stores, model.space, arrange, options.seed, dropout=options.caption_dropout, texts=texts)
-    return make if stages is None else _paced(make, options, stages)
+    data = latent_batches(
+        stores,
+        model.space,
+        arrange,
+        options.seed,
+        dropout=options.caption_dropout,
+        texts=texts,
+        captioned=model.text_space is not None,
+        held=options.eval_share,
+        held_size=options.train_batch_size,
+    )
+    return data if stages is None else _paced(data, options, stages)
 
 
 def _order(model: Model, options: Any, i: int, stage: Stage | None, found: Sequence[Clip]) -> Order:
@@ -112,14 +182,15 @@ def _staged(model: Model, options: Any, stages: Curriculum) -> Arrange:
     """Which clips go together under a curriculum. Raises UsageError where it does not fit the run."""
     stages.require(options.max_train_steps)
     order = partial(_order, model, options)
-    return curriculum.staged(stages, options.data, model.space.strides, options.gradient_accumulation_steps, order)
+    return curriculum.staged(stages, model.space.strides, options.gradient_accumulation_steps, order)
 
 
-def _paced(make: Callable[[int], Batch], options: Any, stages: Curriculum) -> Callable[[int], Batch]:
+def _paced(data: Data, options: Any, stages: Curriculum) -> Data:
     """Batches that also say, as 'rate', what the run's learning rate is multiplied by in their stage."""
 
-    def paced(step: int) -> Batch:
-        stage = stages.stages[stages.at(step // options.gradient_accumulation_steps)[0]]
-        return {**make(step), "rate": (stage.learning_rate or options.learning_rate) / options.learning_rate}
+    def paced(number: int) -> Batch:
+        stage = stages.stages[stages.at(number // options.gradient_accumulation_steps)[0]]
+        return {**data(number), "rate": (stage.learning_rate or options.learning_rate) / options.learning_rate}
 
-    return paced
+    identity = {**data.identity, "curriculum": str(stages.stages)}
+    return replace(data, batch=paced, identity=identity)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from vgen import cache, record, tensorfile
+from vgen import record, tensorfile
 from vgen.errors import UsageError
 from vgen.options import flag
 
@@ -16,6 +16,7 @@ FREE = (  # settings that a resumed run may change: where things are, how fast t
     "resume",
     "checkpoint",
     "data",
+    "curriculum",
     "device",
     "threads",
     "compile",
@@ -31,17 +32,10 @@ FREE = (  # settings that a resumed run may change: where things are, how fast t
 LENGTH = "max_train_steps"  # may change while the learning rate does not depend on it
 
 
-def weights(folder: Path) -> dict[str, str]:
-    """The hash of each file of weights: as the Hub or the checkpoint's own list tells it, else computed."""
-    files = {str(path.relative_to(folder)): path for path in sorted(folder.rglob("*.safetensors"))}
-    known = cache.hashes(folder)
-    return {name: known.get(name) or record.hash_file(path) for name, path in files.items()}
-
-
 def identity(options: Any, data: Mapping[str, Any], base: Mapping[str, str]) -> dict[str, Any]:
     """What decides the numbers of a run: its settings, its `data` as `Data.identity` has them, its `base` weights.
 
-    `data` and `base` themselves are compared, so where they lie may change.
+    The contents of data, curriculum and base are compared, so where they lie may change.
     """
     settings = {name: value for name, value in record.plain(options).items() if name not in FREE}
     return {"settings": settings, "data": dict(data), "base": dict(base)}

@@ -6,7 +6,7 @@ import json
 import os
 import platform
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -21,10 +21,12 @@ LOCK, HOLDER = "run.lock", "running.json"
 
 @contextmanager
 def claimed(folder: Path) -> Iterator[None]:
-    """Be the only run that writes to `folder`, which is made. Raises UsageError that names the other run.
+    """Be the only run that writes to `folder`, which is made, and goes again if nothing was written to it.
 
-    The operating system lets go of the lock of a process that died, so that nothing blocks the next run.
+    The operating system lets go of the lock of a process that died, so that it blocks nobody. Raises UsageError that
+    names the other run.
     """
+    made = [path for path in (folder, folder.parent) if not path.exists()]
     lock = FileLock(folder / LOCK, timeout=0)
     with explained(f"lock {folder}"):
         make_folder(folder)
@@ -42,7 +44,12 @@ def claimed(folder: Path) -> Iterator[None]:
         yield
     finally:
         delete(folder / HOLDER)
+        with suppress(OSError):  # Windows does not remove a file that is open
+            (folder / LOCK).unlink()
         lock.release()
+        with suppress(OSError):  # they are not empty
+            for path in made:
+                path.rmdir()
 
 
 def _who(folder: Path) -> str:

@@ -161,7 +161,10 @@ class TrainOptions(RunOptions):
 
 
 READ_ON = {  # training options that only parts on such data read
-    "latents": ("train_text_encoder", "mask_weight", "mask_steps", "caption_dropout", "curriculum"),
+    "latents": (
+        *("train_text_encoder", "mask_weight", "mask_steps", "caption_dropout", "curriculum"),
+        *("timestep_sampling", "validation_prompt", "validation_image"),
+    ),
     "pixels": ("num_frames", "height", "width", "l1_weight", "kl_weight"),
 }
 

@@ -66,11 +66,16 @@ class State:
                 self.trained[name].data = weight
 
     @contextmanager
-    def resting(self) -> Iterator[None]:
-        """The networks as they would be exported and used; nothing that is done with them meanwhile changes the run."""
-        modes = {module: module.training for module in self.modules.modules()}
+    def resting(self, *frozen: nn.Module) -> Iterator[None]:
+        """The networks, and `frozen` ones around them, as they are used once exported.
+
+        Nothing that is done with them meanwhile changes the run.
+        """
+        networks = [self.modules, *frozen]
+        modes = {module: module.training for network in networks for module in network.modules()}
         own = {name: tensor.clone() for name, tensor in self.own.items()}
-        self.modules.eval()
+        for network in networks:
+            network.eval()
         try:
             with self.averaged(), torch.no_grad():
                 yield

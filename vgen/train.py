@@ -141,8 +141,15 @@ class _Loop:
         """Log the loss on what is held out, where that is due."""
         if self.between.held and _due(self.options.eval_steps, step, last):
             held = [partial(_fetched, make, self.machine) for make in self.between.held]
-            with self.state.resting(), autocast(self.options, self.machine):
+            with self.resting():
                 self.log.write({"step": step, **evaluate(self.part, held, self.options.seed)})
+
+    @contextmanager
+    def resting(self) -> Iterator[None]:
+        """The networks as they are used once exported: at rest, averaged, without gradients."""
+        network = getattr(self.part, "network", None)  # around an adapter, the network that it is on
+        with self.state.resting(*([network] if network is not None else [])), autocast(self.options, self.machine):
+            yield
 
     def save(self, step: int) -> None:
         """Save the state, then the weights."""
@@ -158,7 +165,7 @@ class _Loop:
     def show(self, step: int, last: bool) -> None:
         """Show what the networks do, where that is due."""
         if self.between.show is not None and _due(self.options.validation_steps, step, last):
-            with self.state.resting(), self.state.parked(), autocast(self.options, self.machine):
+            with self.resting(), self.state.parked():
                 self.between.show(step)
 
 

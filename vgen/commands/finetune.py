@@ -1,6 +1,10 @@
-"""`vgen finetune`: train a part of a family on latents or clips."""
+"""`vgen finetune`, and what `vgen train-lora` shares with it: a training run, its record, and how to go on with it."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 from vgen.commands.prepare import Job
 
@@ -9,12 +13,31 @@ def run(job: Job) -> int:
     """Train the part and print the folder of the checkpoint."""
     from vgen.finetune import finetune
 
-    options = job.options
-    folder = job.folder()
+    return train(job, finetune)
+
+
+def train(job: Job, act: Callable[..., dict[str, Any]]) -> int:
+    """Train by `act`, which takes what `vgen.finetune.finetune` takes, and print the folder of what came of it.
+
+    The record is written at the start too, so that a run that was killed can go on by it.
+    """
+    folder, output = job.folder(), job.options.output
     where = job.machine()
     model = job.card.loader()(folder, job.found.checkpoint, where)
-    with job.out.progress() as on_step:
-        figures = finetune(job.card, model, folder, options, where, on_step)
-    job.run.write(options.output, figures=figures)
-    job.out.result(options.output, **{**figures, "seconds": job.run.seconds})
+    hooks = {
+        "on_start": partial(job.run.write, output),
+        "on_note": job.out.warning,
+        "hashes": job.run.checkpoint.get("files"),
+    }
+    again = f"vgen {job.verb} {job.card.name} --config {output / 'run.toml'} --resume"
+    try:
+        with job.out.progress() as on_step:
+            figures = act(job.card, model, folder, job.options, where, on_step, **hooks)
+    except KeyboardInterrupt:
+        if (output / "training" / "state.safetensors").exists():
+            job.out.hint(f"The run is saved in {output / 'training'}. To go on: {again}")
+        raise
+    resumed = figures.pop("resumed", None)
+    job.run.write(output, figures=figures, resumed=resumed)
+    job.out.result(output, **{**figures, "seconds": job.run.seconds})
     return 0
