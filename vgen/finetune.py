@@ -182,7 +182,7 @@ def _staged(model: Model, options: Any, stages: Curriculum) -> Arrange:
     """Which clips go together under a curriculum. Raises UsageError where it does not fit the run."""
     stages.require(options.max_train_steps)
     order = partial(_order, model, options)
-    return curriculum.staged(stages, model.space.strides, options.gradient_accumulation_steps, order)
+    return curriculum.staged(stages, options.data, model.space.strides, options.gradient_accumulation_steps, order)
 
 
 def _paced(data: Data, options: Any, stages: Curriculum) -> Data:
