@@ -88,20 +88,19 @@ class State:
     @contextmanager
     def parked(self) -> Iterator[None]:
         """Have the optimizers' state in the host's memory for a while, where the networks have memory of their own."""
-        away = [(self._entries(p), p.device) for p in self.trained.values() if p.device.type != "cpu"]
-        for entries, _ in away:
+        moved = []
+        for entries in map(self._entries, self.trained.values()):
             for name, value in entries.items():
                 if isinstance(value, Tensor) and value.device.type != "cpu":
+                    moved.append((entries, name, value.device))
                     entries[name] = value.to("cpu")
-        if away and away[0][1].type == "cuda":
+        if moved and moved[0][2].type == "cuda":
             torch.cuda.empty_cache()
         try:
             yield
         finally:
-            for entries, device in away:
-                for name, value in entries.items():
-                    if isinstance(value, Tensor) and not getattr(value, "is_paged", False):
-                        entries[name] = value.to(device)
+            for entries, name, device in moved:
+                entries[name] = entries[name].to(device)
 
     def _owner(self, p: nn.Parameter) -> Any:
         return next(o for o in self.optimizers if any(p is q for group in o.param_groups for q in group["params"]))
