@@ -72,7 +72,11 @@ class Denoiser(Part, Protocol):
 
 
 class Model(Protocol):
-    """What the core asks of a loaded family. Pixels are (B, 3, T, H, W) in [-1, 1]."""
+    """What the core asks of a loaded family. Pixels are (B, 3, T, H, W) in [-1, 1].
+
+    A model that trains on packs of clips of several shapes also has `tokens(shape)`: the tokens of a clip whose latents
+    are (C, T, H, W), text included. The loss of its part then takes a list of (1, C, T, H, W) for 'latents'.
+    """
 
     space: Space
     text_space: str | None  # identifies text embeddings; None without a text encoder
