@@ -82,17 +82,28 @@ def chain(folder: Path, name: str) -> Iterator[str]:
 
 def _origins(told: Mapping[str, Any]) -> Iterator[str]:
     """What vgen.json tells of the run, its data and its base, and of theirs."""
-    if not isinstance(told.get("base"), Mapping):
+    start, one = _table(told, "base"), _table(told, "run")
+    if not start:
         return
-    if isinstance(told.get("run"), Mapping):
-        one = told["run"]
-        steps = one.get("settings", {}).get("max_train_steps")
+    if one:
+        steps = _table(one, "settings").get("max_train_steps")
         yield f"run {one.get('id', '')}: {one.get('verb', '')}" + (f", {steps} steps" if steps else "")
-    for one in told.get("data", ()):
-        yield f"data {one.get('store', '')}: {one.get('clips', 0)} clips ({_short(one.get('hash', ''))})"
-    start = told["base"]
-    yield f"base {start.get('reference', '')} ({_short(_digest(start.get('files', {})))})"
+    for one in tables(told, "data"):
+        yield f"data {one.get('store', '')}: {one.get('clips', 0)} clips ({_short(str(one.get('hash', '')))})"
+    yield f"base {start.get('reference', '')} ({_short(_digest(_table(start, 'files')))})"
     yield from _origins(start)
+
+
+def _table(told: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    """A table in a table that someone else may have written; empty where it is none."""
+    found = told.get(key)
+    return found if isinstance(found, Mapping) else {}
+
+
+def tables(told: Mapping[str, Any], key: str) -> list[Mapping[str, Any]]:
+    """A list of tables in such a table."""
+    found = told.get(key)
+    return [one for one in found if isinstance(one, Mapping)] if isinstance(found, list) else []
 
 
 def _short(told: str) -> str:

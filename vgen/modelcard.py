@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from vgen import __version__
+from vgen.lineage import tables
 
 PIPELINES = {"text": "text-to-video", "image": "image-to-video", "video": "video-to-video"}
 LIBRARIES = ("diffusers", "transformers")
@@ -116,7 +117,7 @@ def _lineage(manifest: Mapping[str, Any], base: str) -> list[str]:
     lines = []
     if isinstance(told, Mapping):
         lines.append(f"- base: {told.get('reference') if base else 'a checkpoint that is not on the Hub'}")
-    lines += [f"- data: {one.get('clips', 0)} clips, {one.get('hash', '')}" for one in manifest.get("data", ())]
+    lines += [f"- data: {one.get('clips', 0)} clips, {one.get('hash', '')}" for one in tables(manifest, "data")]
     if isinstance(manifest.get("run"), Mapping):
         lines.append(f"- run: {manifest['run'].get('id', '')}")
     return ["## Lineage", "", *lines, "", "`vgen checkpoints show` prints it with all hashes.", ""] if lines else []

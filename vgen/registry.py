@@ -296,15 +296,17 @@ def _compare(found: Found) -> None:
 
 
 def on_disk(card: Family) -> Iterator[Found]:
-    """The checkpoints of a family that need no download: the demo, and those in the Hub's cache."""
+    """The checkpoints and adapters of a family that need no download: the demo, and those in the Hub's cache."""
     if card.demo and not cache.missing(card.demo):
         yield _demo(card)
     ours = {c.repo: c for c in card.checkpoints}
     for repo, folder in cache.snapshots():
         told = cache.read_json(folder / "vgen.json").get("family")
+        sha = cache.commit(folder)
+        if cache.kind(folder) == "adapter" and told == card.name:
+            yield Found(replace(_told(folder), repo=repo), f"{repo}@{sha}", folder, repo, sha)
         if cache.missing(folder) or (repo not in ours and told != card.name):
             continue
-        sha = cache.commit(folder)
         checkpoint = ours.get(repo) or replace(_describe(card, folder, repo.partition("/")[2]), repo=repo)
         yield Found(checkpoint, f"{repo}@{sha}", folder, repo, sha)
 

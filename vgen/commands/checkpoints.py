@@ -76,6 +76,7 @@ def _row(card: Family, name: str, checkpoint: Checkpoint, found: registry.Found 
     return {
         "checkpoint": name,
         "family": card.name,
+        "kind": (found.kind if found else "") or "checkpoint",
         "where": where,
         "size": _mib(cache.size(folder)) if folder else "",
         "license": checkpoint.license.partition(" ")[0],

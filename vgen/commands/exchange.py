@@ -30,7 +30,7 @@ def _text(about: str, *names: str) -> Any:
     return typer.Option(*names, help=about)
 
 
-@app.command(cls=noun("vgen checkpoints search --family cogvideox", "vgen checkpoints search bear --kind adapter"))
+@app.command(cls=noun("vgen checkpoints search --family FAMILY", "vgen checkpoints search bear --kind adapter"))
 def search(
     words: Annotated[str, typer.Argument(metavar="[WORDS]", help="Part of a repository's name.")] = "",
     family: Annotated[str, _text("Only of this family.", "--family")] = "",
@@ -65,7 +65,7 @@ def _found(row: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-@app.command(cls=noun("vgen checkpoints pull cogvideox.2b", "vgen checkpoints pull owner/repo@v1.0.0"))
+@app.command(cls=noun("vgen checkpoints pull FAMILY.TAG", "vgen checkpoints pull owner/repo@v1.0.0"))
 def pull(reference: Reference, json: Json = False, quiet: Quiet = False) -> None:
     """Download a checkpoint or an adapter to the Hub's cache, and compare every file with its hash."""
     found = registry.named(reference)
@@ -165,7 +165,7 @@ def _beside(folder: Path) -> Path | None:
 
 
 @app.command(
-    cls=noun("vgen checkpoints export cogvideox.2b", "vgen checkpoints export tuned/ --as me/tuned -o tuned.tar")
+    cls=noun("vgen checkpoints export FAMILY.TAG", "vgen checkpoints export tuned/ --as me/tuned -o tuned.tar")
 )
 def export(
     reference: Reference,
