@@ -5,18 +5,17 @@ from __future__ import annotations
 import os
 import sys
 from types import TracebackType
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from typer.main import get_command
 
 from vgen import __version__
-from vgen.commands import checkpoints, doctor, exchange, families, merge
-from vgen.commands.errors import close_streams, report
+from vgen.commands.output import close_streams
 from vgen.commands.pages import Root, noun, plain_app
-from vgen.commands.prepare import perform
 from vgen.commands.surface import verb_group
 from vgen.errors import VgenError
+from vgen.family import Family
 
 VERBS = {
     "sample": "Text, pictures or clips to clips.",
@@ -26,6 +25,11 @@ VERBS = {
     "train-lora": "Adapt a model with low-rank adapters.",
     "interpolate": "More frames between the frames of a clip.",
     "upscale": "A clip to a larger clip.",
+}
+NOUNS = {
+    "families": "List the installed families, their verbs and checkpoints.",
+    "checkpoints": "The registry: checkpoints here and on the Hub.",
+    "doctor": "Show what is installed, which accelerator and codecs there are, cache sizes, and what to do.",
 }
 
 
@@ -43,30 +47,55 @@ def _root(
     """One command line for open video diffusion models: vgen VERB FAMILY [INPUT...] [flags]"""
 
 
-def build(completion: bool) -> typer.Typer:
-    """The whole app. Families are imported only where a page or a command needs them."""
-    app = plain_app(cls=Root, add_completion=completion)
+def build(first: str, *, completion: bool) -> typer.Typer:
+    """The whole app, with the noun `first` as it is and the others as lines of the page; with `completion`, all.
+
+    What a command does is imported when it runs, families where a page needs them: half of the start is imports.
+    """
+    app = plain_app(cls=Root, add_completion=completion or first.startswith("-"))
     app.callback()(_root)
     for verb, about in VERBS.items():
-        app.add_typer(plain_app(cls=verb_group(perform), subcommand_metavar="FAMILY ..."), name=verb, help=about)
-    app.command("families", cls=noun(*families.EXAMPLES))(families.run)
-    app.add_typer(registry_app(), name="checkpoints", help="The registry: checkpoints here and on the Hub.")
-    app.command("doctor", cls=noun(*doctor.EXAMPLES))(doctor.run)
+        app.add_typer(plain_app(cls=verb_group(_perform), subcommand_metavar="FAMILY ..."), name=verb, help=about)
+    for name, about in NOUNS.items():
+        if name == first or completion:
+            _add(app, name, about)
+        else:
+            app.command(name, help=about)(lambda: None)
     return app
 
 
-def registry_app() -> typer.Typer:
-    """`vgen checkpoints`: what looks at checkpoints, and what brings them here and elsewhere."""
-    app = plain_app(cls=checkpoints.Checkpoints)
-    for part in (checkpoints.app, exchange.app, merge.app):
-        app.registered_commands += part.registered_commands
-    return app
+def _add(app: typer.Typer, name: str, about: str) -> None:
+    """Put a noun into the app."""
+    if name == "checkpoints":
+        from vgen.commands import checkpoints, exchange, merge
+
+        group = plain_app(cls=checkpoints.Checkpoints)
+        for part in (checkpoints.app, exchange.app, merge.app):
+            group.registered_commands += part.registered_commands
+        app.add_typer(group, name=name, help=about)
+        return
+    from vgen.commands import doctor, families
+
+    module = {"families": families, "doctor": doctor}[name]
+    app.command(name, cls=noun(*module.EXAMPLES), help=about)(module.run)
+
+
+def _perform(verb: str, card: Family, given: dict[str, Any]) -> None:
+    from vgen.commands.prepare import perform
+
+    perform(verb, card, given)
+
+
+def _report(error: Exception) -> int:
+    from vgen.commands.errors import report
+
+    return report(error)
 
 
 def _unexpected(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     """Say what ends the process; Python's exit code is then 1."""
     if isinstance(error, Exception):
-        report(error)
+        _report(error)
     else:
         sys.__excepthook__(kind, error, trace)
 
@@ -77,10 +106,10 @@ def main() -> None:
     try:
         # Typer 0.29 spends 50 ms on its completion flags even in a command that does not use them
         first = sys.argv[1] if len(sys.argv) > 1 else "-"
-        app = build(completion=first.startswith("-") or "_VGEN_COMPLETE" in os.environ)
+        app = build(first, completion="_VGEN_COMPLETE" in os.environ)
         get_command(app)(prog_name="vgen")  # calling the app itself would put Typer's hook in the place of ours
     except VgenError as error:
-        sys.exit(report(error))
+        sys.exit(_report(error))
     finally:
         close_streams()
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import sys
 import traceback
 from dataclasses import fields
 
@@ -61,11 +59,3 @@ def report(error: Exception) -> int:
         return error.exit_code
     complain(f"unexpected {type(error).__name__}: {error}\n  Please report it; VGEN_DEBUG=1 shows the traceback.")
     return 1
-
-
-def close_streams() -> None:
-    """Flush stdout; if its reader has gone, let the rest fall into nothing instead of failing at exit."""
-    try:
-        sys.stdout.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

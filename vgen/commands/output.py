@@ -26,6 +26,14 @@ def complain(text: str) -> None:
     print(f"Error: {text}", file=sys.stderr, flush=True)
 
 
+def close_streams() -> None:
+    """Flush stdout; if its reader has gone, let the rest fall into nothing instead of failing at exit."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 @dataclass(frozen=True)
 class Out:
     """The only thing in vgen that prints."""
