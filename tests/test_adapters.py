@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+import re
+import sys
+import tomllib
 from pathlib import Path
 from typing import Any
 
 import diffusers
+import loopback
 import pytest
 import test_sd
 import tiny
 import torch
 from peft import LoraConfig, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
-from shell import vgen
+from shell import run, vgen
 from torch import Tensor, nn
 
 from vgen import adapter_file, adapters, clips, diffusion, lora, lora_source, quant
@@ -24,6 +28,7 @@ from vgen.finetune import batches
 from vgen.generate import generate
 from vgen.machine import seeded
 from vgen.plugins.cogvideox import family
+from vgen.record import hash_file
 from vgen.store import Store
 from vgen.tensorfile import load_tensors
 
@@ -402,3 +407,35 @@ def test_files_that_are_not_whole_are_refused(folder: Path, store: str, tmp_path
             adapter_file.read(tmp_path / "x.safetensors", "transformer", layers)
     with pytest.raises(VgenError, match="pickled weights can run any code"):
         adapter_file.read(tmp_path / "x.bin", "transformer", layers)
+
+
+# From the command line
+
+
+def test_an_adapter_from_the_command_line_and_from_the_hub(folder: Path, store: str, tmp_path: Path) -> None:
+    base = ("--checkpoint", folder)
+    train = ("--data", store, "--rank", "2", "--learning-rate", "1e-2", "--max-train-steps", "2", "--seed", "1")
+    done = vgen("train-lora", "cogvideox", *base, *train, "-o", "look", cwd=tmp_path)
+    assert (done.code, done.out) == (0, "look\n"), done.err
+    told = json.loads((tmp_path / "look" / "vgen.json").read_text())
+    assert (told["family"], told["part"], told["rank"], told["layers"]) == ("cogvideox", "transformer", 2, 8)
+    assert told["base"]["reference"] == str(folder)
+    draw = ("sample", "cogvideox", "a red ball", *base, "--num-inference-steps", "2", "--seed", "1")
+    done = vgen(*draw, "--lora", "look/:0.5", "-o", "here.safetensors", cwd=tmp_path)
+    assert done.code == 0, done.err
+    with loopback.hub() as running:
+        running.add(
+            "me/look", {path.name: path.read_bytes() for path in (tmp_path / "look").iterdir() if path.is_file()}
+        )
+        online = running.environment(tmp_path / "home")
+        done = vgen(*draw, "--lora", "me/look:0.5", "-o", "there.safetensors", cwd=tmp_path, **online)
+    assert done.code == 0, done.err
+    ask = "from vgen import lora_source; print(lora_source.locate('me/look:0.5').spec)"
+    offline = run([sys.executable, "-c", ask], **{**online, "HF_HUB_OFFLINE": "1"})
+    here, there = (load_file(tmp_path / f"{name}.safetensors")["latents"] for name in ("here", "there"))
+    assert torch.equal(here, there)
+    record = tomllib.loads((tmp_path / "there.safetensors.toml").read_text())
+    (spec,) = record["lora"]
+    assert re.fullmatch(r"me/look@[0-9a-f]{40}:0.5", spec)
+    assert offline.out == f"{spec}\n", offline.err
+    assert record["record"]["adapters"] == {spec: hash_file(tmp_path / "look" / WEIGHTS)}

@@ -58,7 +58,7 @@ def locate(spec: str) -> Source:
     path = _here(reference)
     if path is not None:
         return Source(reference, path, scale)
-    found = registry.pull(registry.named(reference))
+    found = registry.ready(registry.named(reference))
     assert found.folder is not None
     return Source(found.reference, _within(found.folder), scale)
 
