@@ -181,6 +181,19 @@ def test_the_one_clip_that_breaks_is_found(folder: Path, tmp_path: Path, value: 
         train.fit(Fragile(), batch, told, tiny.CPU, tmp_path, train.Between(ignore))  # type: ignore[arg-type]
 
 
+def test_only_what_is_named_trains(folder: Path, store: str, tmp_path: Path) -> None:
+    out, told = tmp_path / "out", {"data": [store], "trainable": ["transformer_blocks.1.attn1", "proj_out"]}
+    run(folder, out, **told, max_train_steps=1)
+    run(folder, out, **told, resume=True)
+    before, after = (tiny.model(where).networks.get("transformer").state_dict() for where in (folder, out))
+    changed = {name for name, weight in after.items() if not torch.equal(weight, before[name])}
+    assert changed == {n for n in after if n.startswith(("transformer_blocks.1.attn1.", "proj_out."))}
+    kept = [name for name in state(out) if name.startswith("weights/")]
+    assert len(kept) == len(changed) + len([n for n in kept if n.endswith("pos_embedding")])
+    with pytest.raises(UsageError, match=r"--trainable proj_in: no weight .*\n.*Did you mean 'proj(_out)?'"):
+        run(folder, tmp_path / "no", data=[store], trainable=["proj_in"])
+
+
 # Held-out clips
 
 
@@ -222,7 +235,7 @@ def test_what_is_held_out() -> None:
     assert train_on["alone"] == [99]
     assert len(held["a"]) == 1
     assert sorted([*train_on["a"], *held["a"]]) == list(range(30))
-    assert len(hold_out({"a": range(1000)}, 0.5, 1)[1]["a"]) == 6
+    assert len(hold_out({"a": range(1000)}, 0.5, 1)[1]["a"]) == 4
     assert hold_out({"a": range(1000)}, 0.5, 1) == hold_out({"a": range(1000)}, 0.5, 1)
 
 
@@ -386,9 +399,10 @@ def test_validation_clips_are_of_the_weights_as_they_are(folder: Path, store: st
     ],
 )
 def test_what_cannot_be_shown_is_said_before_weights_load(
-    folder: Path, store: str, tmp_path: Path, flags: dict[str, Any], says: str
+    folder: Path, store: str, tmp_path: Path, flags: dict[str, Any], says: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = tiny.model(folder)
+    monkeypatch.setitem(sys.modules, "wandb", None)  # as where it is not installed
     with pytest.raises(UsageError, match=says):
         finetune(family, model, folder, asked(folder, tmp_path / "out", data=[store], **flags), tiny.CPU)
     assert not model.networks.loaded

@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from vgen import clips, curriculum, fingerprint, lineage, logs, optimizers, reco
 from vgen.cache import read_json
 from vgen.curriculum import Curriculum, Stage
 from vgen.dataset import Arrange, Batch, Clip, Data, Order, by_shape, latent_batches, pixel_batches
-from vgen.errors import UsageError
+from vgen.errors import UsageError, did_you_mean
 from vgen.export import MANIFEST
 from vgen.export import export as write_checkpoint
 from vgen.family import Family
@@ -33,8 +34,9 @@ Ready = Callable[[Family, Model, Path, Any], tuple[Part, Export]]
 
 
 def whole(card: Family, model: Model, base: Path, options: Any) -> tuple[Part, Export]:
-    """The part `options.part`, ready to train as a whole, and what exports it as a checkpoint."""
+    """The part `options.part`, or what is `trainable` of it, and what exports it as a checkpoint."""
     part, output = model.part(options.part, options), Path(options.output)
+    narrow(part.modules, options.trainable)
 
     def save(networks: Mapping[str, nn.Module]) -> None:
         settle = getattr(part, "settle", None)
@@ -44,6 +46,20 @@ def whole(card: Family, model: Model, base: Path, options: Any) -> tuple[Part, E
         write_checkpoint(base, networks, output, manifest, DTYPES[options.save_dtype])
 
     return part, save
+
+
+def narrow(networks: Mapping[str, nn.Module], patterns: Sequence[str]) -> None:
+    """Leave gradients only to weights with a pattern in their names: words between dots, *, ?, [...]; none means all.
+
+    Raises UsageError for a pattern that no weight has.
+    """
+    weights = [(f".{name}.", p) for network in networks.values() for name, p in network.named_parameters()]
+    for pattern in patterns:
+        if not any(fnmatchcase(name, f"*.{pattern}.*") for name, _ in weights):
+            words = {word for name, _ in weights for word in name.strip(".").split(".") if not word.isdecimal()}
+            raise UsageError(f"--trainable {pattern}: no weight has that in its name.", did_you_mean(pattern, words))
+    for name, p in weights if patterns else ():
+        p.requires_grad_(any(fnmatchcase(name, f"*.{pattern}.*") for pattern in patterns))
 
 
 def finetune(

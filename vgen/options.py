@@ -143,7 +143,7 @@ class TrainOptions(RunOptions):
         "explicit-uniform", help="Times of a step: one from each equal part of their range, or each by itself."
     )
     eval_steps: int = opt(500, help="Log the loss on held-out clips every so many steps; 0 turns it off.", low=0)
-    eval_share: float = opt(0.02, help="Share of the clips held out: 1 to 6, none of fewer than 16.", low=0.0, high=0.5)
+    eval_share: float = opt(0.02, help="Share of the clips held out: 1 to 4, none of fewer than 16.", low=0.0, high=0.5)
     validation_prompt: list[str] = opt([], help="Sample a clip of this prompt while training; any number of times.")
     validation_image: Path | None = opt(None, help="Picture that those clips start from (image-to-video checkpoints).")
     validation_steps: int = opt(500, help="Sample them every so many steps.", low=1)
@@ -171,8 +171,11 @@ READ_ON = {  # training options that only parts on such data read
 
 @dataclass(kw_only=True)
 class FinetuneOptions(TrainOptions):
-    """All weights of a part: a denoiser on latents, or an autoencoder on pixels."""
+    """The weights of a part: a denoiser on latents, or an autoencoder on pixels."""
 
+    trainable: list[str] = opt(
+        [], help="Train only weights of these names, or patterns as in 'attn*'; any number of times.", metavar="PATTERN"
+    )
     from_scratch: bool = opt(False, help="Start the part from random weights of the checkpoint's configuration.")
     mask_weight: float = opt(0.0, help="Extra loss weight where clips carry an object mask.", low=0.0)
     mask_steps: int = opt(0, help="Steps over which that weight fades to nothing.", low=0)
