@@ -226,6 +226,7 @@ def test_samples_with_adapters_and_of_the_merged_checkpoint(folder: Path, store:
         (str(other.parent), 1),
     ]
     assert told["base"]["reference"] == str(folder)
+    assert told["run"]["verb"] == "merge"
 
 
 def test_a_resumed_run_writes_the_same_adapter_and_only_it_is_in_the_state(
@@ -388,6 +389,19 @@ def test_what_learnt_nothing_is_not_written(folder: Path, store: str, tmp_path: 
     with pytest.raises(VgenError, match="not finite"):
         save(part.modules)
     assert not any(path.suffix == ".safetensors" for path in tmp_path.iterdir())
+
+
+def test_a_file_that_does_not_load_as_it_was_trained_is_refused(folder: Path, tmp_path: Path) -> None:
+    path, _ = saved(folder, tmp_path)
+    net = network(folder)
+    whole = dict(adapter_file.read(path, "transformer", adapters.layers(net)).pairs)
+    lora._check(path, "transformer", whole, net, torch.float32)
+    name = "transformer_blocks.1.attn1.to_v"
+    fewer = {n: pair for n, pair in whole.items() if n != name}
+    other = {**whole, name: (whole[name][0], 2 * whole[name][1])}
+    for pairs, same in ((fewer, "7 of 7"), (other, "7 of 8")):
+        with pytest.raises(VgenError, match=f"does not load as it was trained: {same} layers"):
+            lora._check(path, "transformer", pairs, net, torch.float32)
 
 
 def test_files_that_are_not_whole_are_refused(folder: Path, store: str, tmp_path: Path) -> None:

@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from vgen import adapter_file, adapters, quant
+from vgen import adapter_file, adapters, lineage, quant
 from vgen.adapter_file import FOREIGN, WEIGHTS, Adapter, Pairs, Rename, kohya_name
 from vgen.cache import commit
 from vgen.errors import UsageError, VgenError
 from vgen.export import export
 from vgen.family import Family
-from vgen.files import delete, replacing
+from vgen.files import delete, explained, replacing, sync_folder
 from vgen.finetune import Export, finetune
 from vgen.latents import file_hash
 from vgen.lora_source import Source, locate
@@ -167,9 +167,11 @@ def merged(
     (name,) = model.base
     network = _networks(card, model).get(name)
     adapters.merge(network)
-    of = {"reference": reference, "revision": commit(base), "hash": file_hash(base / name)}
+    of = {**lineage.base(base, reference), "hash": file_hash(base / name)}
+    run = lineage.run("merge", card.name, {"lora": [one.spec for one in loras]}, adapters=_told(loras))
     manifest = {"format": "vgen-checkpoint/1", "family": card.name, "tag": output.name, "part": name}
-    export(base, {name: network}, output, {**manifest, "base": of, "adapters": _told(loras)}, dtype)
+    told = {**manifest, "base": of, "data": [], "run": run, "adapters": _told(loras)}
+    export(base, {name: network}, output, told, dtype)
     return heard
 
 
@@ -201,8 +203,12 @@ def _save(
     ((name, weights),) = parts.items()
     folder, dtype = Path(options.output), DTYPES[options.save_dtype]
     pairs = adapters.baked(weights, told["alpha"] / told["rank"])
-    adapter_file.write(folder / WEIGHTS, name, pairs, told, dtype)
-    _check(folder / WEIGHTS, name, pairs, network, dtype)
+    new = folder / "training" / WEIGHTS
+    adapter_file.write(new, name, pairs, told, dtype)
+    _check(new, name, pairs, network, dtype)
+    with explained(f"write {folder / WEIGHTS}"):
+        new.replace(folder / WEIGHTS)
+        sync_folder(folder)
     files = [folder / WEIGHTS]
     for kind in dict.fromkeys(options.export):
         files.append(folder / FOREIGN[kind])

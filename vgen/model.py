@@ -76,6 +76,7 @@ class Model(Protocol):
 
     A model that trains on packs of clips of several shapes also has `tokens(shape)`: the tokens of a clip whose latents
     are (C, T, H, W), text included. The loss of its part then takes a list of (1, C, T, H, W) for 'latents'.
+    One that takes adapters has its networks in `networks` (networks.Networks), under the names of its base parts.
     """
 
     space: Space
