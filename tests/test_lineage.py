@@ -56,9 +56,9 @@ def test_a_sample_names_its_checkpoint_by_hash(generations, tmp_path):
     clip = tmp_path / "clip.mp4"
     clip.write_bytes(b"")
     told = {"reference": "third", "folder": str(third), "files": lineage.weights(third)}
-    record.Run("sample", "toy", {}, told).write(clip)
+    record.Run("sample", "toy", {}, told).write(clip, adapters={"ann/look:0.5": "sha256:" + "7" * 64})
     shown = vgen("checkpoints", "show", clip, "--json").json()
-    assert [line.partition(" ")[0] for line in shown["lineage"][:3]] == ["sample", "checkpoint", "run"]
+    assert [line.partition(" ")[0] for line in shown["lineage"][:4]] == ["sample", "adapter", "checkpoint", "run"]
     written(third, {"net/net.safetensors": tensors(9)})
     changed = vgen("checkpoints", "show", clip)
     assert "which is not at" in changed.out

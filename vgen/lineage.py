@@ -76,7 +76,7 @@ def _digest(files: Mapping[str, str]) -> str:
 def chain(folder: Path, name: str) -> Iterator[str]:
     """The lineage of the weights in a folder, the newest first, one line each."""
     told = cache.read_json(folder / "vgen.json")
-    yield f"checkpoint {name} ({_short(identity(folder))})"
+    yield f"{cache.kind(folder) or 'weights'} {name} ({_short(identity(folder))})"
     yield from _origins(told)
 
 
@@ -87,7 +87,9 @@ def _origins(told: Mapping[str, Any]) -> Iterator[str]:
         return
     if one:
         steps = _table(one, "settings").get("max_train_steps")
-        yield f"run {one.get('id', '')}: {one.get('verb', '')}" + (f", {steps} steps" if steps else "")
+        yield f"run {one.get('id', '')}: {one.get('verb', '')}" + (
+            f", {steps} step{'s' * (steps != 1)}" if steps else ""
+        )
     for one in tables(told, "data"):
         yield f"data {one.get('store', '')}: {one.get('clips', 0)} clips ({_short(str(one.get('hash', '')))})"
     yield f"base {start.get('reference', '')} ({_short(_digest(_table(start, 'files')))})"
@@ -115,7 +117,8 @@ def sample(path: Path) -> dict[str, Any]:
     beside = path if path.suffix == ".toml" else record.beside(path)
     try:
         told = tomllib.loads(beside.read_text(encoding="utf-8"))["record"]
-        return {"path": str(path), "verb": told["verb"], "started": told["started"], "checkpoint": told["checkpoint"]}
+        kept = {key: told[key] for key in ("verb", "started", "checkpoint")}
+        return {"path": str(path), **kept, "adapters": dict(_table(told, "adapters"))}
     except (OSError, ValueError, KeyError) as error:
         raise VgenError(
             f"{path} has no record beside it ({beside}).",
@@ -124,10 +127,12 @@ def sample(path: Path) -> dict[str, Any]:
 
 
 def sample_chain(told: Mapping[str, Any]) -> Iterator[str]:
-    """The lineage of a sample: its checkpoint by hash and, where that is on this disk, all that led to it."""
+    """The lineage of a sample: adapters and checkpoint by hash and, where that one is on this disk, all before it."""
     one = told["checkpoint"]
     files, folder = dict(one.get("files", {})), Path(one.get("folder") or "?")
     yield f"sample {told['path']} ({told['verb']}, {told['started']})"
+    for name, value in told["adapters"].items():
+        yield f"adapter {name} ({_short(str(value))})"
     if folder.is_dir() and weights(folder) == files:
         yield from chain(folder, str(one["reference"]))
     else:

@@ -87,7 +87,9 @@ def _base(manifest: Mapping[str, Any]) -> str:
 
 
 def _commands(reference: str, manifest: Mapping[str, Any], kind: str, base: str) -> list[str]:
-    on = f"--checkpoint {base} " if base else ""
+    start = manifest.get("base")
+    demo = isinstance(start, Mapping) and start.get("reference") == "demo"
+    on = f"--checkpoint {base or 'demo'} " if base or demo else ""
     flag = f"{on}--lora" if kind == "adapter" else "--checkpoint"
     return [
         f"vgen checkpoints pull {reference}",

@@ -15,8 +15,8 @@ LIBRARIES = ("diffusers", "transformers", "vgen")  # whose classes a model_index
 
 def escapes(name: str) -> bool:
     """Whether a path of a repository or an archive leads out of its folder, or could on some system."""
-    parts = name.replace("\\", "/").split("/")
-    return not name.isprintable() or ":" in name or "\\" in name or any(part in ("", ".", "..") for part in parts)
+    drive = name[1:2] == ":"
+    return not name.isprintable() or drive or "\\" in name or any(part in ("", ".", "..") for part in name.split("/"))
 
 
 def odd(names: Iterable[str]) -> list[str]:

@@ -128,6 +128,9 @@ def _usable(folder: Path, target: publish.Target) -> None:
         raise UsageError(f"{folder}: there is no such file or folder.", "Check the path.")
     if not bundle.REPO.fullmatch(target.repo):
         raise UsageError(f"'{target.repo}' is not the name of a repository.", "It is owner/name.")
+    for name in filter(None, (target.tag, target.revision)):
+        if not bundle.NAME.fullmatch(name):
+            raise UsageError(f"'{name}' is not the name of a tag or a branch.", "Letters, digits and . _ - are.")
     if target.create_pr and target.tag:
         raise UsageError("--create-pr and --tag exclude each other.", "Tag the commit when the proposal is merged.")
     if target.parent and not cache.COMMIT.fullmatch(target.parent):
