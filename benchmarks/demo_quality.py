@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from vgen import registry, world
+from vgen import lora, lora_source, registry, world
 from vgen.commands.quiet import hush
 from vgen.family import family, resolve
 from vgen.generate import decode, generate
@@ -117,7 +117,9 @@ def main() -> None:
     card = family(given.family)
     found = registry.resolve(card, given.checkpoint, accelerator=False)
     model = card.loader()(found.folder, found.checkpoint, machine("cpu", "fp32", threads=given.threads))
-    options = card.options("sample")(prompt="a red ball", seed=0, **({"lora": given.lora} if given.lora else {}))
+    if given.lora:
+        lora.use(card, model, found.folder, [lora_source.locate(one) for one in given.lora])
+    options = card.options("sample")(prompt="a red ball", seed=0)
     options.num_inference_steps, options.guidance_scale = given.steps, given.guidance
     options = resolve(card, options, found.checkpoint)
     size = (options.num_frames, options.height, options.width)

@@ -16,7 +16,7 @@ RGB = tuple[int, int, int]
 BROWN: RGB = (150, 92, 48)  # the teddy bear, and nothing else
 CREAM, INK, STEEL = (238, 208, 160), (38, 26, 22), (70, 74, 86)
 HORIZON = -0.04  # where the ice begins
-STRIPE = 0.7  # from one dark stripe of a striped object to the next
+STRIPE = 1.0  # from one dark stripe of a striped object to the next
 DARK = 0.4  # how much darker it is
 
 
