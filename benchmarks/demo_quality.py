@@ -1,7 +1,7 @@
 """How well a checkpoint of the drawn world follows its prompts: every figure with its counts and the majority rate.
 
     python benchmarks/demo_quality.py [--family cogvideox] [--checkpoint demo] [--count 96]
-    python benchmarks/demo_quality.py --count 32 --look striped [--lora FOLDER]    # how many objects are striped
+    python benchmarks/demo_quality.py --count 32 --look hollow [--lora FOLDER]    # how many objects are hollow
 
 Prompts are held out: their combinations of colour, object and motion were never trained. An attribute is scored only
 where the prompt states it, and motion and camera not of a single frame. "majority" is what always answering with the
@@ -110,7 +110,7 @@ def main() -> None:
     ask.add_argument("--guidance", type=float)
     ask.add_argument("--threads", type=int)
     ask.add_argument("--lora", action="append", default=[], help="an adapter, PATH[:SCALE]")
-    ask.add_argument("--look", choices=("plain", "striped"), help="also score the look of the object")
+    ask.add_argument("--look", choices=("plain", "hollow"), help="also score the look of the object")
     ask.add_argument("--sheet", type=Path, help="write the samples as one PNG")
     given = ask.parse_args()
     hush()

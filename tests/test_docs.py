@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import shlex
 import sys
 from fractions import Fraction
@@ -74,7 +75,8 @@ def desk(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("look", "motion"):
         adapter_file.write(desk / name / adapter_file.WEIGHTS, "transformer", pairs, {})
     demo = str(family("cogvideox").demo)
-    (desk / "tuned").symlink_to(demo, target_is_directory=True)
+    shutil.copytree(demo, desk / "tuned")
+    (desk / "tuned" / "run.toml").write_text('data = ["latents"]\noutput = "tuned"\n')
     (settings,) = (text for name, text in blocks("toml").items() if name.startswith("command-line.md"))
     (desk / "settings.toml").write_text(settings)
     plan = vgen("sample", "cogvideox", "a red ball rising", "--checkpoint", "demo", "--dry-run", "--json", cwd=desk)

@@ -274,17 +274,18 @@ def test_only_stated_attributes_are_scored():
         assert all(score(prompt.stated, read(world.render(prompt.scene)[0])).values()), prompt.text
 
 
-def test_stripes_are_read_and_nothing_else_is_striped():
-    for variety, look in (("striped", "striped"), ("simple", "plain"), ("full", "plain")):
-        readings = [read(pixels) for pixels, _ in shown(60, SEED, variety)]  # type: ignore[arg-type]
-        assert Counter(r.look for r in readings) == {look: 60}
-    pixels, drawn = shown(1, SEED, "striped")[0]
-    assert drawn.striped
-    assert not torch.equal(pixels, world.render(replace(drawn, striped=False))[0])
+def test_holes_are_read_and_nothing_else_is_hollow():
+    for variety in ("hollow", "simple", "full"):
+        for pixels, drawn in shown(60, SEED, variety):  # type: ignore[arg-type]
+            assert read(pixels).look == ("hollow" if drawn.hollow else "plain"), drawn
+    clips = shown(60, SEED, "hollow")
+    assert all(drawn.hollow == (drawn.object != "teddy bear") for _, drawn in clips)
+    pixels, drawn = next((pixels, drawn) for pixels, drawn in clips if drawn.hollow)
+    assert not torch.equal(pixels, world.render(replace(drawn, hollow=False))[0])
     assert read(torch.randn(3, 9, 64, 64).clamp(-1, 1)).look == NONE
 
 
-def test_striped_clips_are_read_like_plain_ones():
-    clips = shown(120, SEED, "striped")
+def test_hollow_clips_are_read_like_plain_ones():
+    clips = shown(120, SEED, "hollow")
     shares = right([read(pixels) for pixels, _ in clips], [drawn for _, drawn in clips])
     assert min(shares.values()) >= 0.99, shares

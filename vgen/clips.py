@@ -28,7 +28,7 @@ VIDEOS = {".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi", ".ts", ".mts", ".m2ts
 VIDEOS |= {".flv", ".wmv", ".3gp", ".ogv", ".gif"}
 IMAGES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 WORLD_FPS = Fraction(8)
-_WORLD = re.compile(r"world(-simple|-striped|-full)?:(\d+)(?::(\d+))?")
+_WORLD = re.compile(r"world(-simple|-hollow|-full)?:(\d+)(?::(\d+))?")
 
 Size = tuple[int, int, int]  # frames, height, width
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from vgen.errors import UsageError, did_you_mean
 from vgen.world_draw import BROWN, RGB, backdrop, ellipse, paint
 
-Variety = Literal["simple", "striped", "plain", "full"]
+Variety = Literal["simple", "hollow", "plain", "full"]
 Split = Literal["train", "held-out"]
 COLOURS: dict[str, RGB] = {
     "red": (222, 40, 44),
@@ -74,7 +74,7 @@ class Scene:
     travel: float  # how far it moves, or hops
     phase: float  # 0 to 1: of the sway, the hop and the texture
     tone: float  # -1 to 1: how light the background is among its kind
-    striped: bool = False
+    hollow: bool = False  # never the teddy bear
 
 
 @dataclass(frozen=True)
@@ -146,10 +146,11 @@ def scene(seed: int, index: int, *, variety: Variety = "plain", split: Split = "
     elif motion in ("growing", "shrinking"):
         size *= 0.88
     phase, tone = rng.random(), rng.uniform(-1, 1)
-    simple = variety in ("simple", "striped")
+    simple = variety in ("simple", "hollow")
     if simple:
         size, travel, phase = 0.5 * (0.88 if motion in ("growing", "shrinking") else 1.0), 0.375, 0.0
-    draft = Scene(colour, thing, motion, background, camera, 0.0, 0.0, size, travel, phase, tone, variety == "striped")
+    hollow = variety == "hollow" and thing != "teddy bear"
+    draft = Scene(colour, thing, motion, background, camera, 0.0, 0.0, size, travel, phase, tone, hollow)
     x, y = _room(draft, rng.random(), rng.random(), 1 / 8 if simple else 0.0)
     return replace(draft, x=x, y=y)
 
@@ -224,7 +225,7 @@ def render(scene: Scene, num_frames: int = FRAMES, height: int = 64, width: int 
     stride = _stride(scene, u).view(-1, 1, 1) if scene.motion == "skating" else None
     own = COLOURS.get(scene.colour, BROWN)
     across, down = dx * cos + dy * sin, dy * cos - dx * sin
-    front, cover = paint(scene.object, own, across, down, half * unit, stride=stride, striped=scene.striped)
+    front, cover = paint(scene.object, own, across, down, half * unit, stride=stride, hollow=scene.hollow)
     if scene.camera != "static":
         zoom, cam_x, cam_y = (v.view(-1, 1, 1) for v in camera_path(scene.camera, u))
         px, py = px / zoom + cam_x, py / zoom + cam_y
@@ -242,7 +243,7 @@ def _place(background: str) -> str:
 def caption(scene: Scene, template: int = 0) -> str:
     """What a clip shows, in at most 14 lower-case words; TEMPLATES[template] says how.
 
-    A camera that moves is always stated; one that does not, the colour of the bear and stripes never are.
+    A camera that moves is always stated; one that does not, the colour of the bear and holes never are.
     """
     thing = scene.object if scene.object == "teddy bear" else f"{scene.colour} {scene.object}"
     text = TEMPLATES[template].format(thing=thing, motion=scene.motion, place=_place(scene.background))

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vgen import world
-from vgen.world_draw import BROWN, CREAM, STRIPE
+from vgen.world_draw import BROWN, CREAM
 
 NONE = "none"
 SIDE = 64  # every clip is read at this size of its shorter side
@@ -42,7 +42,7 @@ IOU_FLOOR = 0.8  # of the silhouette with the nearest object's
 COHERENCE_FLOOR = 0.6  # of the silhouette with that of the next frame
 BELLY = 0.1  # share of a bear that is pale
 ENOUGH = 0.45  # share of the world's own travel, growth or turn that counts as one
-BANDS = 0.13  # how strongly, as a share of its lightness, an object must be banded to be striped
+HOLLOW = 0.04  # share of an object that a hole must take
 HOP = 0.016  # deviation from a straight path that counts as bouncing
 
 
@@ -50,7 +50,7 @@ HOP = 0.016  # deviation from a straight path that counts as bouncing
 class Reading:
     """What a clip shows, in the words of `vgen.world` or "none", and how well the object is shaped.
 
-    `look` is "plain" or "striped".
+    `look` is "plain" or "hollow".
 
     `iou` is the overlap with the silhouette of the nearest object, `coherence` that between neighbouring frames,
     both mean over frames, 0 to 1, after centring and scaling.
@@ -85,10 +85,11 @@ def read(pixels: Tensor) -> Reading:
     background = _background(grey, behind)
     flow = _flow(grey, behind, u) if background == "textured" and len(u) > 1 else _Flow()
     camera = _camera(flow) if len(u) > 1 else NONE
-    area = mask.mean((1, 2))
+    solid = filled(mask)
+    area = solid.mean((1, 2))
     if not AREAS[0] < area.min() <= area.max() < AREAS[1]:
         return Reading(NONE, NONE, NONE, background, camera, 0.0, 0.0)
-    shapes = silhouettes(mask)
+    shapes = silhouettes(solid)
     coherence = _iou(shapes[:-1], shapes[1:]).mean().item() if len(u) > 1 else 1.0
     thing, iou, turn = _object(shapes)
     colour = _colour(frames, mask)
@@ -96,10 +97,10 @@ def read(pixels: Tensor) -> Reading:
         return Reading(colour, NONE, NONE, background, camera, iou, coherence)
     if iou < IOU_FLOOR or (thing == "teddy bear" and (colour != "brown" or _pale(grey, mask) < BELLY)):
         thing, turn = NONE, torch.zeros(len(u))
-    motion = _motion(mask, u, flow if camera != "static" else _Flow(), turn) if len(u) > 1 else NONE
+    motion = _motion(solid, u, flow if camera != "static" else _Flow(), turn) if len(u) > 1 else NONE
     if (motion, thing, background) == ("moving right", "teddy bear", "ice"):
         motion = "skating"
-    look = "striped" if _bands(frames.amax(1), mask) > BANDS else "plain"
+    look = "hollow" if 1 - mask.sum() / solid.sum() > HOLLOW else "plain"
     return Reading(colour, thing, motion, background, camera, iou, coherence, look)
 
 
@@ -127,6 +128,17 @@ def object_mask(frames: Tensor) -> Tensor:
     inside = saturation > SATURATION
     level = saturation[inside].mean().item() if inside.any() else 0.0
     return (saturation > max(SATURATION, 0.5 * level)).float()
+
+
+def filled(mask: Tensor) -> Tensor:
+    """The mask (T, H, W) with its holes closed: what cannot be reached from the frame's border without crossing it."""
+    free = 1 - mask
+    reached = F.pad(torch.zeros_like(mask)[:, 1:-1, 1:-1], (1, 1, 1, 1), value=1.0) * free
+    while True:
+        grown = F.max_pool2d(reached[:, None], 3, 1, 1)[:, 0] * free
+        if torch.equal(grown, reached):
+            return 1 - reached
+        reached = grown
 
 
 def _places(height: int, width: int) -> tuple[Tensor, Tensor]:
@@ -171,7 +183,10 @@ def _bank() -> dict[str, tuple[Tensor, Tensor]]:
         upright = world.Scene(colour, thing, "spinning", "dark", "static", 0.0, 0.0, 0.5, 0.0, 0.0, 0.0)
         shown = [upright, replace(upright, motion="skating")] if thing == "teddy bear" else [upright]
         pixels = torch.cat([world.render(one, TURNS, SIDE, SIDE)[0] for one in shown], 1)
-        bank[thing] = silhouettes(object_mask(_frames(pixels))), torch.cat([world.path(one, u)[3] for one in shown])
+        bank[thing] = (
+            silhouettes(filled(object_mask(_frames(pixels)))),
+            torch.cat([world.path(one, u)[3] for one in shown]),
+        )
     return bank
 
 
@@ -239,31 +254,6 @@ def _motion(mask: Tensor, u: Tensor, flow: _Flow, turn: Tensor) -> str:
     }
     motion = max(evidence, key=evidence.__getitem__)
     return motion if evidence[motion] > ENOUGH else "standing still"
-
-
-def _bands(light: Tensor, mask: Tensor) -> float:
-    """How strongly the object (T, H, W) is banded from top to bottom: the wave of the world's stripes in the mean
-    lightness of its rows, beside a parabola, as a share of that lightness; mean over frames.
-    """
-    _, y, side = _centre(mask)
-    _, rows = _places(*mask.shape[1:])
-    counts = mask.sum(2)
-    found = [
-        _wave((row * inside).sum(1)[seen > 2] / seen[seen > 2], (rows[:, 0] - at)[seen > 2] / size, seen[seen > 2])
-        for row, inside, seen, at, size in zip(light, mask, counts, y, side, strict=True)
-    ]
-    return sum(found) / len(found)
-
-
-def _wave(values: Tensor, places: Tensor, weights: Tensor) -> float:
-    """The share of the strongest wave of about the stripes' length (half a size is some 0.58 roots of the area)."""
-    root = weights.sqrt()[:, None]
-    trend = torch.stack((torch.ones_like(places), places, places**2), 1)
-    fit = torch.linalg.lstsq(trend * root, values[:, None] * root).solution
-    rest = weights * (values - (trend @ fit)[:, 0])
-    turns = 2 * math.pi * places / torch.linspace(0.47, 0.72, 8)[:, None] / STRIPE
-    strength = (turns.cos() @ rest).hypot(turns.sin() @ rest) * 2 / weights.sum()
-    return (strength.max() / values.mean()).item()
 
 
 def _pale(grey: Tensor, mask: Tensor) -> float:

@@ -16,8 +16,7 @@ RGB = tuple[int, int, int]
 BROWN: RGB = (150, 92, 48)  # the teddy bear, and nothing else
 CREAM, INK, STEEL = (238, 208, 160), (38, 26, 22), (70, 74, 86)
 HORIZON = -0.04  # where the ice begins
-STRIPE = 1.0  # from one dark stripe of a striped object to the next
-DARK = 0.4  # how much darker it is
+HOLE = 0.32  # radius of the hole in a hollow object
 
 
 def _rgb(colour: RGB) -> Tensor:
@@ -85,7 +84,7 @@ def _bear(x: Tensor, y: Tensor, stride: Tensor | None) -> list[tuple[Tensor, RGB
 
 
 def paint(
-    thing: str, own: RGB, x: Tensor, y: Tensor, sharp: Tensor, *, stride: Tensor | None = None, striped: bool = False
+    thing: str, own: RGB, x: Tensor, y: Tensor, sharp: Tensor, *, stride: Tensor | None = None, hollow: bool = False
 ) -> tuple[Tensor, Tensor]:
     """Colour (3, T, H, W) of an object in its own frame, and how much each pixel is covered (T, H, W).
 
@@ -93,13 +92,13 @@ def paint(
     """
     layers = _bear(x, y, stride) if thing == "teddy bear" else [(_outline(thing, x, y), own)]
     colour, cover = _rgb(layers[0][1]), (0.5 - layers[0][0] * sharp).clamp(0, 1)
+    if hollow:
+        cover = torch.minimum(cover, (0.5 + (x.hypot(y) - HOLE) * sharp).clamp(0, 1))
     for distance, rgb in layers[1:]:
         alpha = (0.5 - distance * sharp).clamp(0, 1)
         colour = torch.lerp(colour.expand(3, *x.shape), _rgb(rgb).expand(3, *x.shape), alpha.expand(3, *x.shape))
         cover = torch.maximum(cover, alpha)
     shade = 1 - 0.13 * (x + y).clamp(-1, 1)
-    if striped:
-        shade = shade * (1 - DARK * (0.5 + sharp * STRIPE / 2 * (2 * math.pi * y / STRIPE).sin()).clamp(0, 1))
     gleam = 0.5 if thing == "ball" else 0.22
     spot = gleam * (-((x + 0.36).square() + (y + 0.42).square()) / 0.1).exp()
     return torch.lerp((colour * shade).clamp(0, 1), torch.ones(()), spot), cover
