@@ -10,8 +10,8 @@ import tiny
 import torch
 from tiny import ignore
 from torch import Tensor, nn
+from trained import MANY, asked, log, run, same, state, stored
 
-from runs import MANY, asked, log, run, same, state, stored
 from vgen import diffusion, train
 from vgen.dataset import hold_out
 from vgen.errors import UsageError, VgenError

@@ -21,8 +21,8 @@ import pytest
 import tiny
 from shell import environment, vgen
 from tiny import ignore
+from trained import MANY, asked, log, run, same, state, stored
 
-from runs import MANY, asked, log, run, same, state, stored
 from vgen import settings
 from vgen.dataset import Batches
 from vgen.errors import UsageError, VgenError

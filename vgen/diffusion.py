@@ -364,16 +364,14 @@ def denoiser(predict: Predict, process: Process, kind: Kind, cond: Conditions) -
 def sample_times(process: Process, n: int, generator: Generator, share: tuple[int, int] | None = (0, 1)) -> Tensor:
     """Training times of n clips, (n,), one from each of n strata of the process's distribution, in random order.
 
-    `share` = (r, R) draws from the r-th of R equal parts only: CogVideoX's explicit uniform sampling, with a rank or a
-    micro-batch as r. Over all parts the distribution is the process's own, and the loss varies less from step to step.
-    Without a share each time is drawn by itself.
+    `share` = (r, R) draws from the r-th of R equal parts only: CogVideoX's explicit uniform sampling, a micro-batch as
+    r; over all parts the distribution is the process's own, and the loss varies less. None draws each by itself.
     """
     if share is None:
         u = torch.rand(n, generator=generator, dtype=torch.float64)
     else:
-        part, parts = share
-        strata = torch.randperm(n, generator=generator) + part * n
-        u = (strata + torch.rand(n, generator=generator, dtype=torch.float64)) / (n * parts)
+        strata = torch.randperm(n, generator=generator) + share[0] * n
+        u = (strata + torch.rand(n, generator=generator, dtype=torch.float64)) / (n * share[1])
     return process.training_time(u.clamp(2**-32, 1 - 2**-32))  # rounding could reach the ends, which have no time
 
 

@@ -16,7 +16,7 @@ RGB = tuple[int, int, int]
 BROWN: RGB = (150, 92, 48)  # the teddy bear, and nothing else
 CREAM, INK, STEEL = (238, 208, 160), (38, 26, 22), (70, 74, 86)
 HORIZON = -0.04  # where the ice begins
-HOLE = 0.32  # radius of the hole in a hollow object
+HOLE = 0.37  # radius of the hole in a hollow object
 
 
 def _rgb(colour: RGB) -> Tensor:
