@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from types import TracebackType
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer.main import get_command
@@ -13,9 +13,10 @@ from typer.main import get_command
 from vgen import __version__
 from vgen.commands.output import close_streams
 from vgen.commands.pages import Root, noun, plain_app
-from vgen.commands.surface import verb_group
 from vgen.errors import VgenError
-from vgen.family import Family
+
+if TYPE_CHECKING:
+    from vgen.family import Family
 
 VERBS = {
     "sample": "Text, pictures or clips to clips.",
@@ -48,15 +49,13 @@ def _root(
 
 
 def build(first: str, *, completion: bool) -> typer.Typer:
-    """The whole app, with the noun `first` as it is and the others as lines of the page; with `completion`, all.
+    """The whole app, with the command `first` as it is and the others as lines of the page; with `completion`, all.
 
     What a command does is imported when it runs, families where a page needs them: half of the start is imports.
     """
     app = plain_app(cls=Root, add_completion=completion or first.startswith("-"))
     app.callback()(_root)
-    for verb, about in VERBS.items():
-        app.add_typer(plain_app(cls=verb_group(_perform), subcommand_metavar="FAMILY ..."), name=verb, help=about)
-    for name, about in NOUNS.items():
+    for name, about in {**VERBS, **NOUNS}.items():
         if name == first or completion:
             _add(app, name, about)
         else:
@@ -65,7 +64,12 @@ def build(first: str, *, completion: bool) -> typer.Typer:
 
 
 def _add(app: typer.Typer, name: str, about: str) -> None:
-    """Put a noun into the app."""
+    """Put a verb or a noun into the app."""
+    if name in VERBS:
+        from vgen.commands.surface import verb_group
+
+        app.add_typer(plain_app(cls=verb_group(_perform), subcommand_metavar="FAMILY ..."), name=name, help=about)
+        return
     if name == "checkpoints":
         from vgen.commands import checkpoints, exchange, merge
 

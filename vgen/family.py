@@ -19,7 +19,6 @@ from vgen.options import READ_ON, RunOptions, flag
 
 GROUP = "vgen.families"
 Chosen = TypeVar("Chosen", bound=RunOptions)
-VERBS = ("encode", "decode", "train-lora", "finetune", "sample", "interpolate", "upscale")
 
 
 @dataclass(frozen=True)

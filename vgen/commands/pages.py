@@ -15,7 +15,6 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from vgen.errors import UsageError, VgenError, did_you_mean
-from vgen.family import VERBS, family, installed
 
 Row = tuple[str, str]
 HELP = {"help_option_names": ["-h", "--help"]}
@@ -99,10 +98,6 @@ class Group(House, TyperGroup):
 class Root(Group):
     """The top of the command line."""
 
-    def list_commands(self, ctx: Any) -> list[str]:
-        """The verbs, then the nouns."""
-        return sorted(super().list_commands(ctx), key=lambda name: name not in VERBS)
-
     def shown(self) -> Iterable[str]:
         """What shows the families, and what one of them does: looking for those installed would double the time."""
         return ("vgen families", "vgen sample FAMILY --help")
@@ -119,6 +114,8 @@ def noun(*lines: str) -> type[TyperCommand]:
 
 def examples(verb: str, count: int) -> list[str]:
     """The first examples of a verb among the installed families; imports no more cards than it needs."""
+    from vgen.family import family, installed
+
     found: list[str] = []
     for name in installed():
         if len(found) < count:
