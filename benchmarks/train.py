@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -32,7 +34,7 @@ SHAPE = {"num_attention_heads": 16, "attention_head_dim": 64, "num_layers": 10, 
 SHAPE |= {"in_channels": 16, "out_channels": 16, "sample_height": SIDE // 8, "sample_width": SIDE // 8}
 
 
-def base(folder: Path) -> Path:
+def base(folder: Path) -> None:
     """The demo with a large random transformer and an autoencoder of the released shape."""
     import torch
     from diffusers import AutoencoderKLCogVideoX, CogVideoXTransformer3DModel
@@ -47,7 +49,6 @@ def base(folder: Path) -> Path:
     autoencoder = AutoencoderKLCogVideoX(sample_height=SIDE, sample_width=SIDE)  # all else as released
     autoencoder.to(torch.bfloat16).save_pretrained(folder / "vae", max_shard_size="100GB")
     print(f"{sum(p.numel() for p in network.parameters()) / 1e6:.0f} million parameters", file=sys.stderr)
-    return folder
 
 
 def tensors(store: Path, folder: Path, path: Path) -> None:
@@ -75,14 +76,24 @@ class Bench:
 
     def __init__(self, work: Path, steps: int) -> None:
         self.work, self.steps, self.home, self.count = work, steps, work / "home", 0
-        self.folder, self.store, self.clips = base(work / "base"), work / "store", work / "clips"
+        self.folder, self.store, self.clips = work / "base", work / "store", work / "clips"
+        self.apart(base, self.folder)
         process(sys.executable, HERE / "plain" / "clips.py", self.clips, CLIPS, SIDE, SIDE, home=self.home)
         for clip in self.clips.glob("*.mp4"):
             clip.with_suffix(".txt").write_text("a red ball moving left")
         size = ("--num-frames", 17, "--height", SIDE, "--width", SIDE)
         told = ("--checkpoint", self.folder, "--device", "cpu", "--seed", 1, "-o", self.store)
         process(VGEN, "encode", "cogvideox", self.clips, *size, *told, home=self.home)
-        tensors(self.store, self.folder, work / "latents.pt")
+        self.apart(tensors, self.store, self.folder, work / "latents.pt")
+
+    @staticmethod
+    def apart(act: Callable[..., Any], *given: Path) -> None:
+        """Run a function in a process of its own: a child's peak counts from what this one had when it started it."""
+        child = multiprocessing.get_context("spawn").Process(target=act, args=given)
+        child.start()
+        child.join()
+        if child.exitcode:
+            raise RuntimeError(f"{act.__name__} ended with {child.exitcode}")
 
     def vgen(self, steps: int, save_every: int = 10**6) -> dict[str, Any]:
         """Seconds of the steps and of the process, and its peak of memory."""
