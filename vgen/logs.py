@@ -53,7 +53,7 @@ def opened(
         kept.write("".join(json.dumps(line) + "\n" for line in lines(path) if line["step"] <= done).encode())
     started = _tracker(tracker, path.parent, done, run, settings or {}) if tracker != "none" else None
     try:
-        with path.open("a", encoding="utf-8") as file:
+        with path.open("a", encoding="utf-8", buffering=1) as file:  # by lines: people follow it
             yield Log(file, path, started)
     finally:
         if started is not None:
