@@ -218,6 +218,14 @@ def same_frames(a: Path, b: Path) -> None:
         raise RuntimeError(f"the samplers do not agree: their frames are {worst} of 255 apart")
 
 
+def tell(text: str, page: Path | None, start: str, end: str) -> None:
+    """Print a table and put it into a page, where one is given, between its markers."""
+    print(text)
+    if page:
+        before, _, rest = page.read_text().partition(start)
+        page.write_text(f"{before}{start}\n{text}\n{end}{rest.partition(end)[2]}")
+
+
 def main() -> None:
     """Measure and print."""
     ask = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -235,11 +243,7 @@ def main() -> None:
             rows += bench.encode(given.clips) if name == "encode" else getattr(bench, name)()
     load = ", ".join(f"{x:.1f}" for x in os.getloadavg())
     about = f"{os.cpu_count()} cores, load {load}, {given.pairs} pairs, checkpoint {Path(given.checkpoint).name}."
-    text = "\n".join([about, "", HEAD, *(row.line() for row in rows)])
-    print(text)
-    if given.page:
-        before, _, rest = given.page.read_text().partition(START)
-        given.page.write_text(f"{before}{START}\n{text}\n{END}{rest.partition(END)[2]}")
+    tell("\n".join([about, "", HEAD, *(row.line() for row in rows)]), given.page, START, END)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from speed import HERE, VGEN, process
+from speed import HERE, VGEN, process, tell
 
 from vgen import registry
 from vgen.family import family
@@ -160,11 +160,8 @@ def main() -> None:
         rows = Bench(Path(work), given.steps).rows(given.pairs)
     load = ", ".join(f"{x:.1f}" for x in os.getloadavg())
     head = ["| measured | vgen | other | ratio | goal | met |", "| --- | --- | --- | --- | --- | --- |"]
-    text = "\n".join([f"{os.cpu_count()} cores, load {load}, {given.pairs} pairs.", "", *head, *rows])
-    print(text)
-    if given.page:
-        before, _, rest = given.page.read_text().partition(START)
-        given.page.write_text(f"{before}{START}\n{text}\n{END}{rest.partition(END)[2]}")
+    about = f"{os.cpu_count()} cores, load {load}, {given.pairs} pairs."
+    tell("\n".join([about, "", *head, *rows]), given.page, START, END)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any, get_type_hints
 
 from vgen.dataset import Arrange, Clip, Order
 from vgen.errors import UsageError, did_you_mean
+from vgen.settings import toml
 
 BUCKET = re.compile(r"(\d+)x(\d+)x(\d+)")
 
@@ -126,12 +126,7 @@ def pixels(shape: Sequence[int], strides: tuple[int, int, int]) -> tuple[int, in
 
 def read(path: Path) -> Curriculum:
     """The curriculum in a TOML file: an array of tables [[stage]] with the fields of `Stage`. Raises UsageError."""
-    try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UsageError(f"--curriculum {path} cannot be read: {error.strerror}.") from error
-    except ValueError as error:
-        raise UsageError(f"--curriculum {path} is not TOML: {error}.") from error
+    table = toml(path, "--curriculum")
     for key in table:
         if key != "stage":
             raise UsageError(f"{path}: no setting '{key}'.", "It is an array of tables, each headed [[stage]].")

@@ -110,7 +110,7 @@ def finetune(
         load = partial(card.loader(), base, getattr(model, "checkpoint", None), machine)
         show = validation.shown(load, model, asked, output / VALIDATION) if asked else None
         on_start()
-        origin = _origin(card, base, options, data, in_place)
+        origin = _origin(card, base, options, data, found)
 
         def export(networks: Mapping[str, nn.Module]) -> None:
             save(networks)
@@ -120,12 +120,12 @@ def finetune(
         return train.fit(part, data, options, machine, state, between, identity)
 
 
-def _origin(card: Family, base: Path, options: Any, data: Data, in_place: bool) -> dict[str, Any]:
-    """What vgen.json says of where the weights come from."""
+def _origin(card: Family, base: Path, options: Any, data: Data, files: Mapping[str, str]) -> dict[str, Any]:
+    """What vgen.json says of where the weights come from; of the base, where its weights (`files`) stay."""
     settings = record.plain(options)
     verb = "train-lora" if hasattr(options, "rank") else "finetune"
     told = {"data": lineage.data(data.sources), "run": lineage.run(verb, card.name, settings, data=dict(data.identity))}
-    return told if in_place else {**told, "base": lineage.base(base, str(options.checkpoint or base))}
+    return {**told, "base": lineage.base(base, str(options.checkpoint or base), files)} if files else told
 
 
 def _sign(manifest: Path, origin: Mapping[str, Any]) -> None:

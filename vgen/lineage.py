@@ -31,13 +31,16 @@ def weights(folder: Path) -> dict[str, str]:
     return found
 
 
-def base(folder: Path, reference: str) -> dict[str, Any]:
-    """What vgen.json says of the checkpoint that a run starts from, with that one's own lineage inside."""
+def base(folder: Path, reference: str, files: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """What vgen.json says of the checkpoint that a run starts from, with that one's own lineage inside.
+
+    `files` are its `weights` where they have been hashed already.
+    """
     told = cache.read_json(folder / "vgen.json")
     commit = cache.commit(folder)
     known = {"reference": reference, "revision": commit, "license": str(told.get("license", ""))}
     inner = {key: told[key] for key in KEYS if key in told}
-    return {**{k: v for k, v in known.items() if v}, "files": weights(folder), **inner}
+    return {**{k: v for k, v in known.items() if v}, "files": dict(files or weights(folder)), **inner}
 
 
 def data(stores: Mapping[str, Iterable[str]]) -> list[dict[str, Any]]:

@@ -100,16 +100,21 @@ def bounds(field: Field[Any]) -> str:
     return f"at least {low:g}" if low is not None else f"at most {high:g}" if high is not None else ""
 
 
-def read(path: Path) -> dict[str, Any]:
-    """The settings of a TOML file; a run record is one, and its [record] table is left out. Raises UsageError."""
+def toml(path: Path, name: str) -> dict[str, Any]:
+    """The table in a TOML file that the flag `name` names. Raises UsageError."""
     import tomllib  # 2 ms that help pages need not pay
 
     try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise UsageError(f"--config {path} cannot be read: {error.strerror}.") from error
+        raise UsageError(f"{name} {path} cannot be read: {error.strerror}.") from error
     except ValueError as error:
-        raise UsageError(f"--config {path} is not TOML: {error}.") from error
+        raise UsageError(f"{name} {path} is not TOML: {error}.") from error
+
+
+def read(path: Path) -> dict[str, Any]:
+    """The settings of a TOML file; a run record is one, and its [record] table is left out. Raises UsageError."""
+    table = toml(path, "--config")
     table.pop(RECORD, None)
     return table
 
