@@ -76,6 +76,7 @@ def adapted(card: Family, model: Model, base: Path, options: Any) -> tuple[Part,
         "format": "vgen-adapter/1",
         "family": card.name,
         "part": name,
+        "network": type(network).__name__,
         "base": {
             "reference": options.checkpoint or str(base),
             "revision": commit(base),
@@ -234,14 +235,21 @@ def _check(path: Path, part: str, pairs: Pairs, network: Any, dtype: torch.dtype
 
 
 def _hollow(network: Any) -> Any:
-    """A network of the same configuration whose weights are all 0 and take no memory."""
+    """A network of the same configuration that reads adapters; its weights are all 0 and take no memory."""
     with torch.device("meta"):
-        fresh: Any = type(network).from_config(network.config)
+        fresh: Any = _reader(type(network)).from_config(network.config)
     for module in fresh.modules():
         for name, p in module._parameters.items():
             if p is not None:
                 module._parameters[name] = nn.Parameter(torch.zeros(()).expand(p.shape), requires_grad=False)
     return fresh
+
+
+def _reader(kind: type) -> Any:
+    """A class of networks with diffusers' reader of adapters, which not every one brings."""
+    from diffusers.loaders.peft import PeftAdapterMixin
+
+    return kind if issubclass(kind, PeftAdapterMixin) else type(kind.__name__, (kind, PeftAdapterMixin), {})
 
 
 def _comfy(card: Family) -> Rename:
