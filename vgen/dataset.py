@@ -24,6 +24,7 @@ Batch = dict[str, Any]
 Shape = tuple[int, ...]
 LEAST = 16  # a smaller data set is trained on whole
 MOST = 4  # clips that are held out: evaluating them twice takes some 2 % of the time of 500 steps of one clip
+POSTERIOR = {"latents", "mean", "logvar"}  # the streams of a clip that become a batch's latents
 KEPT = 1 << 29  # a data set of at most so many numbers (2 GiB in fp32) stays in memory once it has been read
 
 
@@ -207,7 +208,7 @@ def latent_batches(
     held: float = 0.0,
     held_size: int = 1,
 ) -> Data:
-    """Batches of scaled latents from stores, with 'captions', and 'text' (B, L, D) where `texts`.
+    """Batches of scaled latents from stores, with 'captions', 'text' (B, L, D) where `texts`, and every other stream.
 
     `arrange` says which clips go together. Those of one shape are (B, C, T, H, W), of several a list of
     (1, C, T, H, W). The draw from the posterior, the choice among captions and their dropout (the empty text, whose
@@ -220,7 +221,7 @@ def latent_batches(
     read = lru_cache(None if numbers <= KEPT else 0)(lambda store, key: store.get(key))
 
     def assemble(chosen: Sequence[Clip], dropout: float, *told: Any) -> Batch:
-        made: dict[str, list[Any]] = {"latents": [], "captions": [], "keys": [], "text": [], "mask": []}
+        made: dict[str, list[Any]] = {"latents": [], "captions": [], "keys": []}
         for i, clip in enumerate(chosen):
             generator = seeded(seed, *told, i)
             streams, record = read(clip.store, clip.key)
@@ -229,11 +230,11 @@ def latent_batches(
             made["captions"].append(caption)
             made["keys"].append(record.get("source", {}).get("uri", clip.key))
             if texts:
-                made["text"].append(clip.store.text(caption)["text"])
-            if "mask" in streams:
-                made["mask"].append(streams["mask"])
-        stacked = {name: together(made[name]) for name in ("latents", "text", "mask") if len(made[name]) == len(chosen)}
-        return {"captions": made["captions"], "keys": made["keys"], **stacked}
+                made.setdefault("text", []).append(clip.store.text(caption)["text"])
+            for name in streams.keys() - POSTERIOR:
+                made.setdefault(name, []).append(streams[name])
+        words = {name: made.pop(name) for name in ("captions", "keys")}
+        return {**words, **{name: together(found) for name, found in made.items() if len(found) == len(chosen)}}
 
     return Data(
         lambda step: assemble(order.of(step), dropout, "clip", step),
@@ -251,9 +252,9 @@ def _survey(stores: Sequence[Store], captioned: bool) -> tuple[dict[Hashable, li
     for store in stores:
         for record in store.records():
             tensors, captions = record["tensors"], list(record.get("captions", ()))
-            shapes = [tuple(tensor["shape"]) for tensor in tensors.values()]
-            numbers += sum(map(math.prod, shapes))
-            groups.setdefault(shapes[0], []).append(Clip(store, record["key"], shapes[0]))
+            numbers += sum(math.prod(tensor["shape"]) for tensor in tensors.values())
+            shape = next(tuple(tensors[name]["shape"]) for name in sorted(POSTERIOR) if name in tensors)
+            groups.setdefault(shape, []).append(Clip(store, record["key"], shape))
             told.append([record["key"], sorted(tensor["sha256"] for tensor in tensors.values()), captions])
             bare += [] if captions else [str(record.get("source", {}).get("uri", record["key"]))]
     if bare and captioned:

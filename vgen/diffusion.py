@@ -256,6 +256,18 @@ def from_scheduler_config(config: Mapping[str, Any]) -> Discrete:
     return Discrete(abar, spacing, config.get("steps_offset", 0))
 
 
+def edm_from_scheduler_config(config: Mapping[str, Any]) -> EDM:
+    """The process that a diffusers `scheduler_config.json` of a network with continuous noise describes.
+
+    Raises VgenError for a setting that it could not follow.
+    """
+    asked = {"prediction_type": "v_prediction", "timestep_type": "continuous", "use_karras_sigmas": True}
+    for key, value in asked.items():
+        if config.get(key) != value:
+            raise VgenError(f"The scheduler asks for {key} = {config.get(key)!r}; vgen runs {value!r}.", _EDIT)
+    return EDM(sigma_min=float(_setting(config, "sigma_min")), sigma_max=float(_setting(config, "sigma_max")))
+
+
 def kind_of_scheduler_config(config: Mapping[str, Any]) -> Kind:
     """What the network's output means by a diffusers `scheduler_config.json`. Raises VgenError."""
     name = config.get("prediction_type", "epsilon")

@@ -159,6 +159,8 @@ def _put(model: Model, store: Store, group: Sequence[_Ready], options: Any) -> l
             record["check"] = {"psnr": round(float(found[i] or 0.0), 3)}
         _, *grid = next(iter(one.values())).shape
         extra = {name: _on_grid(s, (grid[0], grid[1], grid[2])) for name, s in ready.clip.extra.items()}
+        if beside := getattr(model, "beside", None):
+            extra |= beside(ready.clip.pixels, record)
         if options.overwrite:
             store.remove([ready.key])
         store.put(ready.key, {**one, **extra}, record)

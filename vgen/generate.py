@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from vgen.latents import unscale
-from vgen.model import Denoiser, Draw, Model, OnStep
+from vgen.model import Chain, Denoiser, Draw, Model, OnStep
 from vgen.samplers import guided, windowed
 
 
@@ -39,13 +40,39 @@ def draw(part: Denoiser, asked: Draw, on_step: OnStep) -> Tensor:
 @torch.inference_mode()
 def generate(model: Model, options: Any, on_step: OnStep) -> dict[str, Tensor]:
     """The streams of the clips that `options` ask for, unscaled, on the CPU: one (B, C, T, H, W) for each base part."""
+    chain = getattr(model, "chain", None)
+    windows = chain(options) if chain else Chain(1, 0, 0, 0)
+    streams: dict[str, Tensor] = {}
+    for k in range(windows.count):
+        told = partial(_window, on_step, k, windows.count)
+        made = _pass(model, options, {"before": next(iter(streams.values()))} if streams else {}, told)
+        streams = {name: joined(streams[name], s, windows.overlap) for name, s in made.items()} if streams else made
+    return {name: s[:, :, : windows.frames or None] for name, s in streams.items()}
+
+
+def _pass(model: Model, options: Any, given: Mapping[str, Tensor], on_step: OnStep) -> dict[str, Tensor]:
+    """The streams of one window: every base part, in order."""
     streams: dict[str, Tensor] = {}
     for name in model.base:
-        asked = model.draw(name, options, streams)
+        asked = model.draw(name, options, {**given, **streams})
         part = model.denoiser(name, options)
         with model.machine.holding(*part.modules.values()):
             streams[part.stream] = unscale(model.space, draw(part, asked, on_step)).cpu()
     return streams
+
+
+def _window(on_step: OnStep, k: int, count: int, name: str, i: int, n: int) -> None:
+    """Progress of one window of several as progress of all."""
+    on_step(name, k * n + i, count * n)
+
+
+def joined(before: Tensor, after: Tensor, overlap: int) -> Tensor:
+    """Two clips (B, C, T, H, W) that share `overlap` frames, faded from one to the other; the first of them stays."""
+    if not overlap:
+        return torch.cat([before, after], 2)
+    share = (torch.arange(overlap) / overlap).view(1, 1, -1, 1, 1).to(before)
+    both = before[:, :, -overlap:] * (1 - share) + after[:, :, :overlap] * share
+    return torch.cat([before[:, :, :-overlap], both, after[:, :, overlap:]], 2)
 
 
 @torch.inference_mode()

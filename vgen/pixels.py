@@ -13,7 +13,8 @@ class Autoencoder:
     """The part 'autoencoder'.
 
     `encode(vae, pixels)` gives 'mean' and 'logvar' (B, C, T', H', W'), `decode(vae, latents)` pixels (B, 3, T, H, W);
-    both with gradients.
+    both with gradients. Where the encoder does not train, it does not compute its gradients, and the scale of the
+    latents stays as it is (`scaled` is False).
     """
 
     name = "autoencoder"
@@ -26,15 +27,17 @@ class Autoencoder:
         *,
         l1_weight: float,
         kl_weight: float,
+        scaled: bool = True,
     ) -> None:
         self.vae, self.encode, self.decode = vae, encode, decode
-        self.l1_weight, self.kl_weight = l1_weight, kl_weight
+        self.l1_weight, self.kl_weight, self.scaled = l1_weight, kl_weight, scaled
         self.modules: Mapping[str, nn.Module] = {"vae": vae}
         self.state = {"spread": torch.full((50,), torch.nan, dtype=torch.float64)}  # of the last batches
 
     def loss(self, batch: Mapping[str, Any], generator: torch.Generator) -> Tensor:
         """The loss of a batch of pixels (B, 3, T, H, W) in [-1, 1]."""
-        streams = self.encode(self.vae, batch["pixels"])
+        with torch.set_grad_enabled(self.scaled and torch.is_grad_enabled()):
+            streams = self.encode(self.vae, batch["pixels"])
         mean, logvar = streams["mean"].float(), streams["logvar"].float()
         noise = torch.randn(mean.shape, generator=generator).to(mean)
         error = self.decode(self.vae, mean + torch.exp(0.5 * logvar) * noise).float() - batch["pixels"]
@@ -47,5 +50,5 @@ class Autoencoder:
     def settle(self) -> None:
         """Store the one factor that brings the latents to unit size, as measured over the last batches."""
         spread = self.state["spread"].nanmean().item()
-        if spread > 0:
+        if spread > 0 and self.scaled:
             self.vae.register_to_config(scaling_factor=round(1 / spread, 6))

@@ -1,0 +1,43 @@
+"""SVD's autoencoder (AutoencoderKLTemporalDecoder): an image encoder, and a decoder that sees frames in time."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def encode(vae: Any, pixels: Tensor) -> dict[str, Tensor]:
+    """Pixels (B, 3, T, H, W) in [-1, 1] to the posterior's mean and logvar (B, C, T, H', W'), unscaled."""
+    posterior = vae.encode(_images(pixels).to(vae.dtype)).latent_dist
+    return {"mean": _clips(posterior.mean, pixels), "logvar": _clips(posterior.logvar, pixels)}
+
+
+def mode(vae: Any, pictures: Tensor) -> Tensor:
+    """Pictures (B, 3, H, W) to the posterior's mode (B, C, H', W'), unscaled: what conditions the U-Net."""
+    made: Tensor = vae.encode(pictures.to(vae.dtype)).latent_dist.mode()
+    return made
+
+
+def decode(vae: Any, latents: Tensor, chunk: int | None = None) -> Tensor:
+    """Unscaled latents (B, C, T, H', W') to pixels (B, 3, T, H, W), `chunk` frames at a time; all when None.
+
+    Frames of different chunks do not see each other.
+    """
+    parts = latents.split(chunk or latents.shape[2], 2)
+    return torch.cat([_decoded(vae, part) for part in parts], 2)
+
+
+def _decoded(vae: Any, latents: Tensor) -> Tensor:
+    return _clips(vae.decode(_images(latents).to(vae.dtype), num_frames=latents.shape[2]).sample, latents)
+
+
+def _images(clips: Tensor) -> Tensor:
+    """(B, C, T, H, W) to (B * T, C, H, W)."""
+    return clips.transpose(1, 2).flatten(0, 1)
+
+
+def _clips(images: Tensor, like: Tensor) -> Tensor:
+    """(B * T, C, H, W) to (B, C, T, H, W), with B and T those of `like`."""
+    return images.unflatten(0, (len(like), like.shape[2])).transpose(1, 2)
