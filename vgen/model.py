@@ -44,6 +44,19 @@ class Draw:
     batched: bool = True
 
 
+@dataclass(frozen=True)
+class Chain:
+    """A clip made window after window: `count` windows of `size` frames of latents, cut to `frames` at the end.
+
+    Each begins with the last `overlap` frames of the one before.
+    """
+
+    count: int
+    size: int
+    overlap: int
+    frames: int
+
+
 class Part(Protocol):
     """One network of a loaded model, or several that train together.
 
@@ -71,11 +84,33 @@ class Denoiser(Part, Protocol):
         ...
 
 
+class Interpolator(Protocol):
+    """What the verb interpolate asks of a loaded model. One that can make a frame of any time has `at` instead.
+
+    `at(ends, places, options)`, with `places` between 0 and 1, one for each new frame, gives the same as `between`.
+    """
+
+    machine: Machine
+    steps: int  # frames made between two; more are made between those in turn. None with `at`
+    multiple: int  # of height and width; other sizes are padded, and cut again
+
+    def between(self, ends: Tensor, options: Any, seeds: Sequence[int]) -> Tensor:
+        """New frames (B, 3, steps, H, W), evenly spaced in time, of pairs of frames (B, 3, 2, H, W), one seed for each.
+
+        Both in [-1, 1]. It loads networks when first called, and brings them to the device.
+        """
+        ...
+
+
 class Model(Protocol):
     """What the core asks of a loaded family. Pixels are (B, 3, T, H, W) in [-1, 1].
 
     A model that trains on packs of clips of several shapes also has `tokens(shape)`: the tokens of a clip whose latents
     are (C, T, H, W), text included. The loss of its part then takes a list of (1, C, T, H, W) for 'latents'.
+    One that makes long clips has `chain(options)` -> Chain; `draw` is then given, as the stream 'before', all unscaled
+    latents that the next window goes on from. One that stores more of a clip than `encode` makes has
+    `beside(pixels, record)` -> streams of one clip (3, T, H, W). One with figures to tell of a finished clip has
+    `measure(options, frames)`, frames (T, H, W, 3) of 8 bits.
     One that takes adapters has its networks in `networks` (networks.Networks), under the names of its base parts.
     """
 
