@@ -111,6 +111,11 @@ class Family:
     describe: Callable[[Path], Checkpoint] | None = None
     examples: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
+    @property
+    def weightless(self) -> bool:
+        """Whether the family computes without any weights, so that there are no checkpoints to choose from."""
+        return not (self.checkpoints or self.demo or self.describe)
+
     def checkpoint(self, tag: str) -> Checkpoint:
         """The checkpoint of that tag. Raises UsageError."""
         for one in self.checkpoints:
@@ -196,6 +201,7 @@ def resolve(card: Family, options: Chosen, checkpoint: Checkpoint) -> Chosen:
         if name in names and getattr(full, name) is not None:
             rule.check(name, getattr(full, name))
     _check_part(card, full, checkpoint)
+    _check_needs(options)
     card.check(full, checkpoint)
     return full
 
@@ -210,6 +216,14 @@ def _check_part(card: Family, options: Any, checkpoint: Checkpoint) -> None:
     for name in (name for names in own.values() for name in names if name in usual and name not in read):
         if getattr(options, name) not in (usual[name], None, []):
             raise UsageError(f"{flag(name)} does nothing for --part {options.part}.", "Leave it out.")
+
+
+def _check_needs(options: RunOptions) -> None:
+    """Refuse options that do nothing without another one. Raises UsageError."""
+    for field_ in fields(options):
+        needed = field_.metadata.get("needs")
+        if needed and not getattr(options, needed) and getattr(options, field_.name) != field_.default:
+            raise UsageError(f"{flag(field_.name)} does nothing without {flag(needed)}.", "Give both, or neither.")
 
 
 def read_config(folder: Path, name: str, kind: str) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import Field, dataclass, field, fields
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -25,8 +26,9 @@ def opt(
     high: float | None = None,
     metavar: str | None = None,
     positional: bool = False,
+    needs: str = "",
 ) -> Any:
-    """A flag. `low` and `high` bound its value, `panel` groups it in the help page."""
+    """A flag. `low` and `high` bound its value, `panel` groups it in the help page; without `needs` it does nothing."""
     told = {
         "help": help,
         "short": short,
@@ -35,6 +37,7 @@ def opt(
         "high": high,
         "metavar": metavar,
         "positional": positional,
+        "needs": needs,
     }
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=told)
@@ -186,6 +189,46 @@ class FinetuneOptions(TrainOptions):
     kl_weight: float = opt(1e-6, help="autoencoder: weight of the KL term.", low=0.0)
 
 
+CameraWord = Literal[
+    "pan",
+    "pan-left",
+    "pan-right",
+    "tilt",
+    "tilt-up",
+    "tilt-down",
+    "zoom",
+    "zoom-in",
+    "zoom-out",
+    "roll",
+    "roll-left",
+    "roll-right",
+    "static",
+]
+
+
+@dataclass(kw_only=True)
+class CameraOptions:
+    """What train-lora takes to train a motion of the camera from ordinary clips, beside LoraOptions."""
+
+    camera: CameraWord | None = opt(
+        None,
+        help="Train this motion of the camera: --data are then clips, those that show it are found. 'pan', 'tilt',"
+        " 'zoom', 'roll' train both ways, an adapter each; or pan-left, tilt-up, zoom-in, roll-right ...; or static.",
+        metavar="WORD",
+    )
+    synthesize: int = opt(0, help="Make so many more, of still clips and images.", low=0, needs="camera")
+    min_clips: int = opt(16, help="Refuse to train on fewer clips.", low=1, needs="camera")
+    clip_size: str = opt(
+        "", help="Size that clips are trained at; the checkpoint's own when absent.", metavar="FxHxW", needs="camera"
+    )
+    clip_fps: float | None = opt(
+        None, help="Frame rate that they are read at; the checkpoint's own when absent.", low=0.01, needs="camera"
+    )
+    check_samples: int = opt(
+        8, help="Samples, with the adapter and without, whose camera is compared; 0 for none.", low=0, needs="camera"
+    )
+
+
 @dataclass(kw_only=True)
 class LoraOptions(TrainOptions):
     """Low-rank adapters on chosen layers of a frozen network."""
@@ -209,8 +252,22 @@ class LoraOptions(TrainOptions):
 
 
 @dataclass(kw_only=True)
-class ClipOptions(RunOptions):
-    """A clip, or latents of one, to another clip."""
+class InterpolateOptions(RunOptions):
+    """A clip to one with more frames."""
 
-    input: str = arg("", help="A video, or latents of the family's space.")
-    factor: int = opt(4, help="How many times more.", low=2)
+    input: str = arg("", help="A video.", metavar="CLIP")
+    factor: int | None = opt(None, help="Frames for each one of the clip; 4 when --fps is absent.", low=2)
+    fps: Fraction | None = opt(None, help="Or a frame rate to reach, such as 60 or 60000/1001.", low=0.01)
+    batch_size: int = opt(1, help="Pairs of frames in one call of the network.", low=1, panel="Machine")
+    audio: bool = opt(True, help="Copy the sound of the clip, where the output can hold it.", panel="Output")
+    measure: bool = opt(False, help="Also leave every second frame out, make it again, and compare.", panel="Output")
+    contact_sheet: bool = opt(False, help="Also write a PNG of some new frames between given ones.", panel="Output")
+    seed: int | None = opt(0, help="Seed of every random draw.", low=0)
+
+
+@dataclass(kw_only=True)
+class UpscaleOptions(RunOptions):
+    """A clip to a larger one."""
+
+    input: str = arg("", help="A video.", metavar="CLIP")
+    factor: int = opt(4, help="How many times as high and as wide.", low=2)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, Field
 from difflib import get_close_matches
+from fractions import Fraction
 from functools import cache
 from pathlib import Path
 from types import UnionType
@@ -17,6 +18,7 @@ RECORD = "record"  # the table of a settings file that tells of a run and sets n
 WORDS = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
 VARIABLES = ("VGEN_HOME", "VGEN_DEBUG", "VGEN_FAMILIES")  # those that are not options
 KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text", Path: "a path"}
+KINDS[Fraction] = "a rate such as 30, 29.97 or 30000/1001"
 
 
 @cache
@@ -69,7 +71,7 @@ def _one(hint: Any, field: Field[Any], raw: Any, where: str) -> Any:
         return raw
     try:
         value = _parse(hint, raw)
-    except ValueError:
+    except (ValueError, ZeroDivisionError):
         raise UsageError(f"{where}: {raw!r} is not {KINDS[hint]}.") from None
     low, high = field.metadata.get("low"), field.metadata.get("high")
     if (low is not None and value < low) or (high is not None and value > high) or value != value:
@@ -87,6 +89,9 @@ def _parse(hint: Any, raw: Any) -> Any:
     elif hint in (int, float):
         if isinstance(raw, (str, int, hint)) and not isinstance(raw, bool):
             return hint(raw)
+    elif hint is Fraction:
+        if isinstance(raw, (str, int, float)) and not isinstance(raw, bool):
+            return Fraction(str(raw))
     elif isinstance(raw, str) and (raw or hint is str):
         return Path(raw).expanduser() if hint is Path else raw
     raise ValueError(raw)
