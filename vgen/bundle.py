@@ -31,7 +31,7 @@ LARGEST = 1 << 24  # bytes of the manifest
 REPO = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*", re.ASCII)
 NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)*", re.ASCII)
 BLOB = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
-SKIP = (".", "training")  # beginnings of names that are not carried
+SKIP = (".", "training", "data/")  # beginnings of names that are not carried
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ from vgen.model import Model, OnStep, Part
 from vgen.packing import Packs
 from vgen.store import Store
 
-VALIDATION = "validation"
+VALIDATION, DATA = "validation", "data"
 Export = Callable[[Mapping[str, nn.Module]], None]  # writes what has been trained, by the names of Part.modules
 Ready = Callable[[Family, Model, Path, Any], tuple[Part, Export]]
 
@@ -91,11 +91,8 @@ def finetune(
     in_place = output.resolve() == base.resolve()
     with claimed(state):
         fresh = not options.resume and not in_place
-        if fresh and not options.overwrite and _occupied(output):
-            raise UsageError(
-                f"{output} is not empty.",
-                "--resume goes on with the run in it, --overwrite starts anew; or choose another.",
-            )
+        if fresh:
+            require_room(output, options)
         data = batches(card, model, options)
         found = {} if in_place else hashes or lineage.weights(base)  # in place they change while it trains
         identity = fingerprint.identity(options, data.identity, found)
@@ -114,7 +111,7 @@ def finetune(
 
         def export(networks: Mapping[str, nn.Module]) -> None:
             save(networks)
-            _sign(output / MANIFEST, origin)
+            sign(output / MANIFEST, origin)
 
         between = train.Between(export, data.held, show, on_step)
         return train.fit(part, data, options, machine, state, between, identity)
@@ -128,8 +125,8 @@ def _origin(card: Family, base: Path, options: Any, data: Data, files: Mapping[s
     return {**told, "base": lineage.base(base, str(options.checkpoint or base), files)} if files else told
 
 
-def _sign(manifest: Path, origin: Mapping[str, Any]) -> None:
-    """Add to a manifest where the weights beside it come from."""
+def sign(manifest: Path, origin: Mapping[str, Any]) -> None:
+    """Add to a manifest what is known of the weights beside it: where they come from, say."""
     told = read_json(manifest)
     for key, value in origin.items():
         both = isinstance(value, dict) and isinstance(told.get(key), dict)
@@ -138,9 +135,17 @@ def _sign(manifest: Path, origin: Mapping[str, Any]) -> None:
         file.write((json.dumps(told, indent=2, default=str) + "\n").encode())
 
 
-def _occupied(output: Path) -> bool:
-    """Whether something is there that would be lost."""
-    return any(path.name not in (LOCK, HOLDER, "training") for path in [*output.iterdir(), *output.glob("training/*")])
+def require_room(output: Path, options: Any) -> None:
+    """Raises UsageError where something is there that would be lost, and `options` do not say what to do with it.
+
+    What a run has prepared for itself in output/data is not lost: it is used again.
+    """
+    there = [*output.iterdir(), *output.glob("training/*")] if output.is_dir() else []
+    if options.resume or options.overwrite or all(path.name in (LOCK, HOLDER, "training", DATA) for path in there):
+        return
+    raise UsageError(
+        f"{output} is not empty.", "--resume goes on with the run in it, --overwrite starts anew; or choose another."
+    )
 
 
 def _clear(output: Path, base: Path) -> None:

@@ -15,7 +15,7 @@ from vgen import cache, hub, modelcard, safety, tensorfile
 from vgen.errors import UsageError, VgenError
 from vgen.files import explained
 
-LEFT_OUT = ("training", ".cache", ".git", ".lock")  # and every name that begins with a dot
+LEFT_OUT = ("training", "data", ".cache", ".git", ".lock")  # and every name that begins with a dot
 RECORDS = (".toml",)  # run records hold paths of this machine
 OURS = ("README.md", "vgen.json")
 REMOTE = (".gitattributes",)  # files that the Hub keeps by itself

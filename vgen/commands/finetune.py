@@ -17,7 +17,14 @@ def run(job: Job) -> int:
 
 
 def train(job: Job, act: Callable[..., dict[str, Any]]) -> int:
-    """Train by `act`, which takes what `vgen.finetune.finetune` takes, and print the folder of what came of it.
+    """Train by `act`, which takes what `vgen.finetune.finetune` takes, and print the folder of what came of it."""
+    figures = trained(job, act)
+    job.out.result(job.options.output, **{**figures, "seconds": job.run.seconds})
+    return 0
+
+
+def trained(job: Job, act: Callable[..., dict[str, Any]]) -> dict[str, Any]:
+    """Train by `act` and return the figures of the last step.
 
     The record is written at the start too, so that a run that was killed can go on by it.
     """
@@ -39,5 +46,4 @@ def train(job: Job, act: Callable[..., dict[str, Any]]) -> int:
         raise
     resumed = figures.pop("resumed", None)
     job.run.write(output, figures=figures, resumed=resumed)
-    job.out.result(output, **{**figures, "seconds": job.run.seconds})
-    return 0
+    return figures
