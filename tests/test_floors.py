@@ -13,9 +13,15 @@ from vgen.family import installed
 ROOT = Path(vgen.__file__).parent
 README = ROOT.parent / "README.md"
 WORDS = ("errors", "options", "family")
-ACTS = ("encode", "finetune", "generate", "lora", "train", "validation")
+ACTS = ("camera_check", "camera_data", "encode", "finetune", "generate", "lora", "train", "validation")
 FLOORS = {**dict.fromkeys(WORDS, 0), **dict.fromkeys(ACTS, 2), "plugins": 3, "commands": 4, "cli": 4}  # else 1
-TRAINING = {"finetune": {"train", "validation"}, "lora": {"finetune"}, "validation": {"generate"}}  # within floor 2
+TRAINING = {
+    "camera_check": {"generate", "lora"},
+    "camera_data": {"encode", "generate"},
+    "finetune": {"train", "validation"},
+    "lora": {"finetune"},
+    "validation": {"generate"},
+}  # within floor 2
 
 
 @cache
