@@ -1,14 +1,28 @@
-"""Captions of clips: NAME.txt beside a clip, or one CSV or JSONL file for many."""
+"""Captions of clips: NAME.txt beside a clip, one CSV or JSONL file for many, or the manifest of a curated set."""
 
 from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from vgen.errors import UsageError, VgenError
+
+NOT_FACTS = ("source", "sha256", "start_frame", "end_frame", "captions", "caption_probs", "decision", "reasons")
+
+
+class Kept(NamedTuple):
+    """A clip of a manifest: its file as it was named, its first frame and its end, captions, and all else it tells.
+
+    `facts["caption_probs"]` are the shares of the captions, in their order.
+    """
+
+    source: str
+    frames: tuple[int, int]
+    captions: tuple[str, ...]
+    facts: Mapping[str, Any]
 
 
 def beside(path: Path) -> tuple[str, ...]:
@@ -49,6 +63,24 @@ def read_captions(path: Path, folders: Iterable[Path]) -> dict[Path, tuple[str, 
             raise UsageError(f"{path}, line {line}: there is no file '{name}'.", f"Looked in {path.parent} and inputs.")
         told.setdefault(file.resolve(), []).append(caption.strip())
     return {file: tuple(texts) for file, texts in told.items()}
+
+
+def kept(path: Path) -> Iterator[Kept]:
+    """The clips that a manifest of `vgen curate` keeps. Raises UsageError that names the line of what is none."""
+    for number, row in _json_rows(_text(path), path):
+        try:
+            texts = {name: text for name, text in row["captions"].items() if text}
+            shares = [float(row["caption_probs"][name]) for name in texts]
+            facts = {key: value for key, value in row.items() if key not in NOT_FACTS} | {"caption_probs": shares}
+            one = Kept(str(row["source"]), (row["start_frame"], row["end_frame"]), tuple(texts.values()), facts)
+            wanted = row["decision"] == "keep"
+        except (TypeError, KeyError, AttributeError, ValueError) as error:
+            raise UsageError(
+                f"{path}, line {number}: this is no clip of a manifest ({type(error).__name__}: {error}).",
+                "Manifests are made by vgen curate. A file with 'file' and 'caption' is for --captions.",
+            ) from error
+        if wanted:
+            yield one
 
 
 def _csv_rows(text: str, path: Path) -> Iterator[tuple[int, Any]]:

@@ -6,9 +6,10 @@ import glob
 import hashlib
 import math
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -20,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vgen import video, world
-from vgen.captions import beside, read_captions
+from vgen.captions import beside, kept, read_captions
 from vgen.errors import UsageError
 from vgen.probe import BadClip, Probe, probe
 
@@ -28,6 +29,7 @@ VIDEOS = {".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi", ".ts", ".mts", ".m2ts
 VIDEOS |= {".flv", ".wmv", ".3gp", ".ogv", ".gif"}
 IMAGES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 WORLD_FPS = Fraction(8)
+_WORLD_CLIP = re.compile(r"world(-simple|-hollow|-full)?:(\d+)/(\d+)")
 _WORLD = re.compile(r"world(-simple|-hollow|-full)?:(\d+)(?::(\d+))?")
 
 Size = tuple[int, int, int]  # frames, height, width
@@ -44,30 +46,42 @@ class World:
 
 @dataclass(frozen=True)
 class Item:
-    """One input, before it is read. `path` of a clip of the world is its name: world:SEED/INDEX."""
+    """One input, before it is read. `path` of a clip of the world is its name: world:SEED/INDEX.
+
+    Of a video, `frames` are the first and the end of those that are meant, where not all are. `facts` is what a
+    manifest tells of it, kept with its latents.
+    """
 
     path: Path
     captions: tuple[str, ...] = ()
     kind: Literal["video", "image", "world"] = "video"
     world: World | None = None
+    frames: tuple[int, int] | None = None
+    facts: Mapping[str, Any] = field(default_factory=dict, hash=False)
+
+    @property
+    def name(self) -> str:
+        """The path, and the frames that are meant."""
+        return f"{self.path}[{self.frames[0]}:{self.frames[1]}]" if self.frames else str(self.path)
 
     def sha256(self) -> str:
-        """Hash of the content, in hex; of name and first frame for a clip of the world. Raises BadClip."""
+        """Hash of the content of the file, in hex; of name and first frame for a clip of the world. Raises BadClip."""
         if self.world:
             first = world.clip(self.world.seed, self.world.index, 1, 32, 32, variety=self.world.variety)[0]
             drawn = first.add(1).mul(127.5).round().to(torch.uint8).numpy().tobytes()
             return hashlib.sha256(str(self.path).encode() + drawn).hexdigest()
-        try:
-            return video.file_sha256(self.path)
-        except OSError as error:
-            raise BadClip(self.path, f"it cannot be read ({error.strerror})") from error
+        return _hashed(self.path, *_stamp(self.path))
 
 
 class Seen(NamedTuple):
-    """What is known of a clip before its frames are read: the hash of its content, and of a video its probe."""
+    """What is known of a clip before its frames are read: the hash of its content, and of a video its probe.
+
+    `file` is the hash of the whole file where only some of its frames are meant.
+    """
 
     sha256: str
     probe: Probe | None = None
+    file: str = ""
 
 
 class Loaded(NamedTuple):
@@ -87,14 +101,14 @@ def discover(inputs: Sequence[str], captions: Path | None = None) -> list[Item]:
     """
     folders = [Path(text) for text in inputs if Path(text).is_dir()]
     told = read_captions(captions, folders) if captions else {}
-    found: dict[Path, Item] = {}
+    found: dict[tuple[Path, Any], Item] = {}
     for item in (one for text in inputs for one in _named(text)):
-        found.setdefault(item.path if item.world else item.path.resolve(), item)
+        found.setdefault((item.path if item.world else item.path.resolve(), item.frames), item)
     if captions and not inputs:
-        found = {path: _file(path) for path in told}
+        found = {(path, None): _file(path) for path in told}
     items = [
-        item if item.world else replace(item, captions=told.get(path) or beside(item.path))
-        for path, item in found.items()
+        item if item.world else replace(item, captions=told.get(path) or item.captions or beside(item.path))
+        for (path, _), item in found.items()
     ]
     if not items:
         raise UsageError("No clips are given.", f"Name files or folders with {', '.join(sorted(VIDEOS | IMAGES))}.")
@@ -103,8 +117,46 @@ def discover(inputs: Sequence[str], captions: Path | None = None) -> list[Item]:
 
 def look(item: Item) -> Seen:
     """Probe and hash a clip, for `bucket` and `load` not to do it each. Raises BadClip."""
-    told = probe(item.path) if item.kind == "video" else None
-    return Seen(item.sha256(), told)
+    told = _probed(item.path, *_stamp(item.path)) if item.kind == "video" else None
+    whole = item.sha256()
+    if told is None or item.frames is None:
+        return Seen(whole, told)
+    start, stop = item.frames
+    if not 0 <= start < stop <= len(told.pts):
+        raise BadClip(item.path, f"it has {len(told.pts)} frames; {start} to {stop} are asked for")
+    return Seen(hashlib.sha256(f"{whole}/{start}/{stop}".encode()).hexdigest(), told, whole)
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+    """Size and time of change of a file; nothing where there is none."""
+    try:
+        told = path.stat()
+    except OSError:
+        return 0, 0
+    return told.st_size, told.st_mtime_ns
+
+
+@lru_cache(maxsize=4)  # a manifest names many parts of one file in a row
+def _probed(path: Path, size: int, changed: int) -> Probe:
+    return probe(path)
+
+
+@lru_cache(maxsize=4)
+def _hashed(path: Path, size: int, changed: int) -> str:
+    """The hash of a file. Raises BadClip."""
+    try:
+        return video.file_sha256(path)
+    except OSError as error:
+        raise BadClip(path, f"it cannot be read ({error.strerror})") from error
+
+
+def _part(item: Item, told: Probe) -> tuple[Probe, float]:
+    """A probe that ends where the item does, for its times alone, and the item's start in seconds."""
+    if item.frames is None:
+        return told, 0.0
+    start, stop = item.frames
+    end = told.pts[stop] if stop < len(told.pts) else told.pts[0] + told.duration
+    return replace(told, pts=told.pts[:stop], duration=end - told.pts[0]), float(told.pts[start] - told.pts[0])
 
 
 def load(
@@ -132,7 +184,7 @@ def load(
         pts, rate, aspect = [Fraction(0)], Fraction(fps or 1), Fraction(1)
     else:
         told = seen.probe or probe(item.path)
-        clip = video.read(item.path, num_frames=num_frames, fps=fps, whole=whole, seen=told, sha256=seen.sha256)
+        clip = _read_video(item, seen, told, num_frames, fps, whole)
         frames, record, aspect = clip.frames, clip.source, told.pixel_aspect
         pts, rate = list(clip.pts), clip.fps
     pixels, fit = _cover(frames, height, width, aspect)
@@ -161,7 +213,8 @@ def bucket(item: Item, sizes: Sequence[Size], fps: Fraction | float | None = Non
                 ratio = 1 / ratio
     else:
         told = (seen and seen.probe) or probe(item.path)
-        count, ratio = video.available(told, fps), _ratio(told)
+        part, start = _part(item, told)
+        count, ratio = video.available(part, fps, start=start), _ratio(told)
     fitting = [size for size in sizes if size[0] <= count]
     if not fitting:
         rate = f" at {float(fps):g} fps" if fps and item.kind == "video" else ""
@@ -195,6 +248,8 @@ def _named(text: str) -> Iterator[Item]:
             known = ", ".join(sorted(VIDEOS | IMAGES))
             raise UsageError(f"The folder '{text}' holds no clips.", f"Known extensions: {known}.")
         yield from map(_file, files)
+    elif path.suffix.lower() == ".jsonl" and path.is_file():
+        yield from _of_manifest(path)
     elif path.exists():
         yield _file(path)
     elif glob.has_magic(text) and (matches := sorted(glob.glob(text, recursive=True))):  # noqa: PTH207, pathlib takes no absolute pattern
@@ -223,7 +278,38 @@ def _of_world(variety: str, count: int, seed: int) -> Iterator[Item]:
         yield Item(Path(f"{name}:{seed}/{index}"), (caption,), "world", one)
 
 
+def _of_manifest(path: Path) -> Iterator[Item]:
+    """The clips that a manifest keeps. Raises UsageError."""
+    for one in kept(path):
+        spec = _WORLD_CLIP.fullmatch(one.source)
+        if spec:
+            drawn = World(int(spec[2]), int(spec[3]), (spec[1] or "-plain")[1:])  # type: ignore[arg-type]
+            yield Item(Path(one.source), one.captions, "world", drawn, facts=one.facts)
+        else:
+            file = next((f for place in (Path(), path.parent) if (f := place / one.source).is_file()), Path(one.source))
+            yield Item(file, one.captions, frames=one.frames, facts=one.facts)
+
+
 # Pixels
+
+
+def _read_video(
+    item: Item, seen: Seen, told: Probe, num_frames: int, fps: Fraction | float | None, whole: bool
+) -> video.Clip:
+    """The frames of a video, or of its part. Raises BadClip."""
+    part, start = _part(item, told)
+    if item.frames and (count := video.available(part, fps, start=start)) < num_frames:
+        raise BadClip(item.path, f"frames {item.frames[0]} to {item.frames[1]} give {count}, {num_frames} are needed")
+    clip = video.read(
+        item.path,
+        num_frames=num_frames,
+        fps=fps,
+        start=start,
+        whole=whole and item.frames is None,
+        seen=told,
+        sha256=seen.file or seen.sha256,
+    )
+    return replace(clip, source={**clip.source, "frames": list(item.frames)}) if item.frames else clip
 
 
 def _load_world(

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import math
+from bisect import bisect_right
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
+from itertools import accumulate
 from typing import Any, Generic, Protocol, TypeVar
 
 import torch
@@ -127,10 +129,20 @@ def ahead(make: Callable[[int], Batch], steps: range) -> Iterator[Batch]:
             yield ready
 
 
-def choose(captions: Sequence[str], dropout: float, generator: torch.Generator) -> str:
-    """One caption of a clip by a seeded draw; none, the empty text, with probability `dropout`."""
+def choose(
+    captions: Sequence[str], dropout: float, generator: torch.Generator, shares: Sequence[float] = ()
+) -> str:
+    """One caption of a clip by a seeded draw; none, the empty text, with probability `dropout`.
+
+    All captions are as likely unless `shares`, one for each, say otherwise.
+    """
     u, v = torch.rand(2, generator=generator).tolist()
-    return "" if u < dropout or not captions else captions[int(v * len(captions))]
+    if u < dropout or not captions:
+        return ""
+    if len(shares) != len(captions):
+        return captions[int(v * len(captions))]
+    place = bisect_right(list(accumulate(shares)), v * sum(shares))
+    return captions[min(place, len(captions) - 1)]
 
 
 def stack(tensors: Sequence[Tensor]) -> Tensor:
@@ -182,17 +194,17 @@ def pixel_batches(
 
     def assemble(chosen: Sequence[Any]) -> Batch:
         pixels = stack([load(item, *size, fps=None)[0] for item in chosen])
-        return {"pixels": pixels, "keys": [str(item.path) for item in chosen]}
+        return {"pixels": pixels, "keys": [item.name for item in chosen]}
 
     train, out = hold_out({size: items}, held, seed)
     order = Batches(train, batch_size, seed)
-    told = sorted([str(item.path), 0 if item.world else item.path.stat().st_size] for item in items)
+    told = sorted([item.name, 0 if item.world else item.path.stat().st_size] for item in items)
     return Data(
         lambda step: assemble(order.of(step)),
         [partial(assemble, some) for some in _cut(out, batch_size)],
         order.notes,
         {"clips": len(items), "content": _digest(told)},
-        {"clips": [str(item.path) for item in items]},
+        {"clips": [item.name for item in items]},
     )
 
 
@@ -225,7 +237,8 @@ def latent_batches(
         for i, clip in enumerate(chosen):
             generator = seeded(seed, *told, i)
             streams, record = read(clip.store, clip.key)
-            caption = choose(record.get("captions", ()), dropout, generator)
+            shares = record.get("facts", {}).get("caption_probs", ())
+            caption = choose(record.get("captions", ()), dropout, generator, shares)
             made["latents"].append(scale(space, sample_posterior(streams, generator).float()))
             made["captions"].append(caption)
             made["keys"].append(record.get("source", {}).get("uri", clip.key))

@@ -106,7 +106,7 @@ def _read_ahead(
             size = clips.bucket(item, sizes, options.fps, seen=seen)
             name = key(seen.sha256, _transform(size, options), model.space.id)
             if name in known or (name in store and not options.overwrite):
-                return Encoded(str(item.path), name, "there already")
+                return Encoded(item.name, name, "there already")
             loaded = clips.load(item, *size, fps=options.fps, whole=True, seen=seen)
         except BadClip as error:
             return _set_aside(store, item, error)
@@ -134,7 +134,7 @@ def _transform(size: Size, options: Any) -> dict[str, Any]:
 
 def _set_aside(store: Store, item: Item, error: BadClip) -> Encoded:
     """Note a bad clip, once for each reason, however often a run is repeated."""
-    outcome = Encoded(str(item.path), status="set aside", reason=error.reason)
+    outcome = Encoded(item.name, status="set aside", reason=error.reason)
     if asdict(outcome) not in set_aside(store.folder):
         with (store.folder / "set-aside.jsonl").open("a") as file:
             file.write(json.dumps(asdict(outcome)) + "\n")
@@ -155,6 +155,8 @@ def _put(model: Model, store: Store, group: Sequence[_Ready], options: Any) -> l
         one = _posterior({name: s[i] for name, s in streams.items()}, options, ready.key)
         record = {**ready.clip.record, "captions": list(ready.item.captions), "posterior": options.posterior}
         record["encoder_seconds"] = round(seconds, 4)
+        if ready.item.facts:
+            record["facts"] = dict(ready.item.facts)
         if found[i] is not None:
             record["check"] = {"psnr": round(float(found[i] or 0.0), 3)}
         _, *grid = next(iter(one.values())).shape
@@ -164,7 +166,7 @@ def _put(model: Model, store: Store, group: Sequence[_Ready], options: Any) -> l
         if options.overwrite:
             store.remove([ready.key])
         store.put(ready.key, {**one, **extra}, record)
-        results.append(Encoded(str(ready.item.path), ready.key, psnr=found[i]))
+        results.append(Encoded(ready.item.name, ready.key, psnr=found[i]))
     return results
 
 

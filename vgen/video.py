@@ -71,11 +71,17 @@ def read(
     return Clip(pixels, tuple(told.pts[i] for i in chosen), rate / every, _record(told, sha256, decoder, why))
 
 
-def frames(path: Path | str, *, seen: Probe | None = None) -> Iterator[Tensor]:
-    """All frames (H, W, 3) of a video in order, one at a time, with the checks of `read`. Raises BadClip."""
+def frames(
+    path: Path | str, *, seen: Probe | None = None, start: int = 0, stop: int | None = None
+) -> Iterator[Tensor]:
+    """Frames (H, W, 3) of a video, number `start` to `stop` - 1, in order, one at a time, with the checks of `read`.
+
+    Raises BadClip.
+    """
     told = seen or probe(path)
-    for _, frame in _decode(told, 0, len(told.pts) - 1):
-        yield _upright(torch.from_numpy(_rgb(frame)), told)
+    for index, frame in _decode(told, start, (stop or len(told.pts)) - 1):
+        if index >= start:
+            yield _upright(torch.from_numpy(_rgb(frame)), told)
 
 
 def file_sha256(path: Path) -> str:
