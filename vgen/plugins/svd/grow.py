@@ -14,7 +14,8 @@ def grown(network: Any, **config: Any) -> Any:
     """
     if all(network.config[name] == value for name, value in config.items()):
         return network
-    made = type(network).from_config({**network.config, **config}).to(next(network.parameters()).dtype)
+    own = {name: value for name, value in network.config.items() if not name.startswith("_")}
+    made = type(network).from_config({**own, **config}).to(next(network.parameters()).dtype)
     with torch.no_grad():
         weights = dict(made.named_parameters())
         for name, old in network.named_parameters():
