@@ -114,9 +114,13 @@ def prepare(verb: str, card: Family, given: dict[str, Any], config: Path | None,
 
 
 def _resumed_seed(output: Path) -> tuple[int, str]:
-    """The seed of the training in `output`, which decides the order of its data; a draw where there is none yet."""
-    state = output / "training" / "state.safetensors"
-    seed = tensorfile.header(state).record.get("seed") if state.exists() else None
+    """The seed of the training in `output`, or of one adapter there of several, which decides the order of its data.
+
+    A draw where there is none yet.
+    """
+    name = Path("training", "state.safetensors")
+    states = (path for path in (output / name, *sorted(output.glob(f"*/{name}"))) if path.exists())
+    seed = next((tensorfile.header(path).record.get("seed") for path in states), None)
     return (seed, "the run that is resumed") if isinstance(seed, int) else (secrets.randbelow(2**31), "drawn")
 
 
