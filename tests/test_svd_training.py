@@ -76,7 +76,7 @@ def test_all_that_conditions_is_stored(folder, data):
         "noise": (pictures.DRAWS,),
         "embedding": (2, 16),
         "mask": (1, 4, 8, 8),
-        **{name: (1,) for name in ("fps", "motion", "bucket")},
+        **dict.fromkeys(("fps", "motion", "bucket"), (1,)),
     }
     (item,) = [i for i in clips.discover(["world:4"]) if str(i.path) == record["source"]["uri"]]
     pixels = clips.load(item, 4, 32, 32, fps=None).pixels
@@ -296,7 +296,7 @@ def test_a_training_batch_is_a_function_of_seed_and_step(folder, data):
 def test_the_posterior_of_a_clip_is_scaled_for_training(folder, data):
     store = Store.open(data, space=svd_tiny.model(folder).space, text_space=None)
     made = batch(folder, data)
-    names = {store.record(key)["source"]["uri"]: key for key in store.keys()}
+    names = {store.record(key)["source"]["uri"]: key for key in store.keys()}  # noqa: SIM118, a store is no dict
     streams, _ = store.get(names[made["keys"][0]])
     drawn = sample_posterior(streams, torch.Generator().manual_seed(0)) * 0.7
     assert (drawn - made["latents"][0]).abs().max() < 6 * 0.7 * (0.5 * streams["logvar"]).exp().max()
