@@ -27,8 +27,8 @@ SHARED = {
     "finetune": options.TrainOptions,
     "sample": options.SampleOptions,
     "train-lora": options.LoraOptions,
-    "interpolate": options.ClipOptions,
-    "upscale": options.ClipOptions,
+    "interpolate": options.InterpolateOptions,
+    "upscale": options.UpscaleOptions,
 }
 APART = ("This run", "Checkpoints", "Parts")  # sections of a help page that are not a verb's own options
 Row = tuple[str, ...]
@@ -113,7 +113,8 @@ def parts(name: str) -> str:
 
 def lora_targets() -> str:
     """The layers that train-lora adapts when none are named."""
-    rows = ((f"`{card.name}`", ", ".join(f"`{one}`" for one in card.lora_targets)) for card in families()[0])
+    cards = (card for card in families()[0] if card.lora_targets)
+    rows = ((f"`{card.name}`", ", ".join(f"`{one}`" for one in card.lora_targets)) for card in cards)
     return table(("family", "layers"), rows)
 
 

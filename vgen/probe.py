@@ -25,6 +25,8 @@ from vgen.errors import VgenError
 logging.getLogger("libav").addHandler(logging.NullHandler())  # else FFmpeg's words go to stderr by themselves
 DECORD_CONTAINERS = ("mp4", "matroska")
 DECORD_CODECS = ("h264", "hevc", "vp8", "vp9")
+SWSCALE = {1: 1, 4: 4, 5: 5, 6: 5, 7: 7, 9: 9, 10: 9}  # H.273 matrix -> swscale's
+UNTAGGED = 5  # what swscale takes an untagged clip for: BT.601
 
 
 class BadClip(VgenError):

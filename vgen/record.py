@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from fractions import Fraction
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -85,7 +86,7 @@ class Run:
 def plain(options: object) -> dict[str, Any]:
     """Options as a table of plain values; open ones (None) are left out."""
     table = {f.name: getattr(options, f.name) for f in declared(options)}
-    return {k: str(v) if isinstance(v, Path) else v for k, v in table.items() if v is not None}
+    return {k: str(v) if isinstance(v, (Path, Fraction)) else v for k, v in table.items() if v is not None}
 
 
 def beside(output: Path) -> Path:

@@ -53,6 +53,8 @@ def resolve(card: Family, reference: str | None, *, accelerator: bool) -> Found:
 
     Raises UsageError for a reference that means nothing, VgenError for a folder that cannot be used.
     """
+    if card.weightless:
+        return _none(card, reference)
     if reference is None:
         return _default(card, accelerator)
     if reference in ("demo", f"{card.name}.demo"):
@@ -70,6 +72,13 @@ def resolve(card: Family, reference: str | None, *, accelerator: bool) -> Found:
     if "/" in reference:
         raise UsageError(f"There is no folder {reference}, and it is no repository of the Hub.", GRAMMAR)
     raise UsageError(f"'{card.name}' has no checkpoint '{reference}'.", _known(card, tag))
+
+
+def _none(card: Family, reference: str | None) -> Found:
+    """What stands for the checkpoint of a family without weights. Raises UsageError where one is named."""
+    if reference is not None:
+        raise UsageError(f"'{card.name}' has no checkpoints: it computes without weights.", "Leave --checkpoint out.")
+    return Found(Checkpoint(""), "")
 
 
 def _parsed(reference: str) -> tuple[str, str, str] | None:

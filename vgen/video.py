@@ -20,11 +20,10 @@ import torch
 from torch import Tensor
 
 from vgen.errors import UsageError
-from vgen.probe import BadClip, Probe, open_video, packets_of, probe, video_stream
+from vgen.probe import SWSCALE, UNTAGGED, BadClip, Probe, open_video, packets_of, probe, video_stream
 
 __all__ = ["BadClip", "Clip", "Probe", "available", "file_sha256", "frames", "probe", "read"]
 
-_SWS = {1: 1, 4: 4, 5: 5, 6: 5, 7: 7, 9: 9, 10: 9}  # H.273 matrix -> swscale's; it takes an untagged clip for BT.601
 _SEEKABLE = ("mp4", "matroska")
 _WHOLE = 60  # seconds: longer clips are not decoded to the end only to see whether they are sound
 _MARGIN = 20  # frames: containers seek by decoding time, which runs up to 16 frames ahead of the screen
@@ -240,7 +239,7 @@ def _check(told: Probe, frame: Any, index: int, expected: int | None) -> None:
 
 def _rgb(frame: Any) -> Any:
     """A PyAV frame as (H, W, 3) uint8 RGB, by the matrix and range that the frame is tagged with."""
-    source = _SWS.get(int(frame.colorspace), 5)
+    source = SWSCALE.get(int(frame.colorspace), UNTAGGED)
     return frame.reformat(format="rgb24", src_colorspace=source).to_ndarray()
 
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from fractions import Fraction
 from itertools import chain
 from pathlib import Path
@@ -23,12 +24,35 @@ from torch import Tensor
 
 from vgen.errors import UsageError, VgenError
 from vgen.outputs import LATENTS, PICTURE, check_frames, check_output, whole
-from vgen.probe import open_video, probe
+from vgen.probe import SWSCALE, UNTAGGED, Probe, open_video, probe
 
 H264 = ("libx264", "libopenh264", "h264_videotoolbox", "h264_mf")  # the first that this build of FFmpeg has
 GIF_FPS = 50  # players show a delay below 2 hundredths of a second as ten
-_BT709, _LIMITED = 1, 1  # code points of ITU-T H.273, FFmpeg's number for limited range, and swscale's for BT.709
+_BT709, _LIMITED, _FULL = 1, 1, 2  # code points of ITU-T H.273, and FFmpeg's numbers for limited and full range
 _COMMENT = "comment"
+
+
+@dataclass(frozen=True)
+class Look:
+    """How a player is to show the frames of a video: the code points of ITU-T H.273, and the shape of a pixel.
+
+    Matrix 2 leaves a video untagged. `aspect` is width / height of one pixel.
+    """
+
+    primaries: int = _BT709
+    transfer: int = _BT709
+    matrix: int = _BT709
+    range: int = _LIMITED
+    aspect: Fraction = Fraction(1)
+
+    @staticmethod
+    def of(told: Probe) -> Look:
+        """That of a video that was read, so that what is written is shown as it is; BT.709 for one stored as RGB."""
+        if told.pix_fmt.startswith(("rgb", "bgr", "gbr", "pal")) or told.color_space not in (*SWSCALE, 2):
+            return Look(aspect=told.pixel_aspect)
+        full = told.color_range == _FULL or told.pix_fmt.startswith("yuvj")
+        tags = (told.color_primaries, told.color_trc, told.color_space)
+        return Look(*tags, _FULL if full else _LIMITED, told.pixel_aspect)
 
 
 def write(
@@ -36,13 +60,16 @@ def write(
     frames: Iterable[Tensor],
     fps: Fraction,
     *,
-    metadata: dict[str, Any] | None = None,
+    metadata: Mapping[str, Any] | None = None,
     quality: int = 18,
+    look: Look | None = None,
+    hold: Fraction | None = None,
 ) -> Path:
     """Write frames (H, W, 3) uint8 at an exact rate; the extension says as what, none makes a folder of PNGs.
 
     A .png takes one frame. `metadata` is kept as JSON in the file. `quality` is the constant rate factor of H.264,
-    0 best to 51; VP9's is set to match. Replaces what is at `path`, in one step. Raises VgenError for frames that do
+    0 best to 51; VP9's is set to match. `look` is how a video is shown, BT.709 when absent; `hold` is how long a GIF
+    shows its last frame, in seconds. Replaces what is at `path`, in one step. Raises VgenError for frames that do
     not fit together or a disk that refuses, UsageError for an extension that is no video's or picture's.
     """
     kind = check_output(path, overwrite=True)
@@ -61,7 +88,7 @@ def write(
     if kind == PICTURE:
         check_frames(target, 1 + sum(1 for _ in arrays))
     arrays = chain([first], arrays)
-    note = None if metadata is None else json.dumps(metadata, sort_keys=True, ensure_ascii=False, default=str)
+    note = None if metadata is None else as_text(metadata)
     with whole(target) as temporary:
         if not kind:
             _write_pngs(temporary, arrays, note)
@@ -70,9 +97,10 @@ def write(
             _write_png(temporary, first, note)
             return target
         try:
-            count = (
-                _write_gif(temporary, arrays, fps) if kind == ".gif" else _encode(temporary, arrays, fps, note, quality)
-            )
+            if kind == ".gif":
+                count = _write_gif(temporary, arrays, fps, hold)
+            else:
+                count = _encode(temporary, arrays, fps, note, quality, look or Look())
         except av.FFmpegError as error:
             if isinstance(error, OSError):  # the disk's, not the encoder's
                 raise
@@ -84,6 +112,11 @@ def write(
         if found != count:
             raise VgenError(f"'{path}' was not written: {count} frames went in, {found} came out.")
     return target
+
+
+def as_text(metadata: Mapping[str, Any]) -> str:
+    """A record as it stands in a file."""
+    return json.dumps(metadata, sort_keys=True, ensure_ascii=False, default=str)
 
 
 def read_metadata(path: Path | str) -> dict[str, Any]:
@@ -136,8 +169,8 @@ def _arrays(frames: Iterable[Tensor]) -> Iterator[np.ndarray]:
         yield np.ascontiguousarray(frame.detach().cpu().numpy())
 
 
-def _encode(path: Path, arrays: Iterator[np.ndarray], fps: Fraction, note: str | None, quality: int) -> int:
-    """H.264 in mp4 or VP9 in webm, BT.709, limited range. Returns the number of frames."""
+def _encode(path: Path, arrays: Iterator[np.ndarray], fps: Fraction, note: str | None, quality: int, look: Look) -> int:
+    """H.264 in mp4 or VP9 in webm. Returns the number of frames."""
     first = next(arrays)
     height, width = first.shape[:2]
     mp4 = path.suffix == ".mp4"
@@ -147,11 +180,12 @@ def _encode(path: Path, arrays: Iterator[np.ndarray], fps: Fraction, note: str |
         stream: Any = container.add_stream(_h264() if mp4 else "libvpx-vp9", rate=fps)
         stream.width, stream.height = width, height
         stream.pix_fmt = "yuv444p" if mp4 and (width % 2 or height % 2) else "yuv420p"
-        _tune(stream, fps, quality)
+        _tune(stream, fps, quality, look)
+        matrix = SWSCALE.get(look.matrix, UNTAGGED)
         count = 0
         for array in chain([first], arrays):
             frame = av.VideoFrame.from_ndarray(array, format="rgb24")
-            frame = frame.reformat(format=stream.pix_fmt, dst_colorspace=_BT709, dst_color_range=_LIMITED)
+            frame = frame.reformat(format=stream.pix_fmt, dst_colorspace=matrix, dst_color_range=look.range)
             frame.pts, frame.time_base = count, 1 / fps
             container.mux(stream.encode(frame))
             count += 1
@@ -159,12 +193,14 @@ def _encode(path: Path, arrays: Iterator[np.ndarray], fps: Fraction, note: str |
     return count
 
 
-def _tune(stream: Any, fps: Fraction, quality: int) -> None:
-    """Rate, colour tags and quality of an encoder."""
+def _tune(stream: Any, fps: Fraction, quality: int, look: Look) -> None:
+    """Rate, colour tags, shape of pixels and quality of an encoder."""
     context = stream.codec_context
     context.time_base = 1 / fps
-    context.color_primaries = context.color_trc = context.colorspace = _BT709
-    context.color_range = _LIMITED
+    context.color_primaries, context.color_trc, context.colorspace = look.primaries, look.transfer, look.matrix
+    context.color_range = look.range
+    if look.aspect != 1:
+        context.sample_aspect_ratio = look.aspect
     name = context.codec.name
     if name == "libx264":
         stream.options = {"crf": str(quality)}
@@ -182,7 +218,7 @@ def _h264() -> str:
     raise VgenError("This build of PyAV has no H.264 encoder.", "Write .webm or .gif, or install PyAV from PyPI.")
 
 
-def _write_gif(path: Path, arrays: Iterator[np.ndarray], fps: Fraction) -> int:
+def _write_gif(path: Path, arrays: Iterator[np.ndarray], fps: Fraction, hold: Fraction | None) -> int:
     """A GIF with one palette made from all frames. Its clock ticks in hundredths; no frame is off by more than half."""
     first = next(arrays)
     tick = Fraction(1, 100)
@@ -208,10 +244,13 @@ def _write_gif(path: Path, arrays: Iterator[np.ndarray], fps: Fraction) -> int:
         stream: Any = container.add_stream("gif", rate=fps)
         stream.width, stream.height, stream.pix_fmt = first.shape[1], first.shape[0], "pal8"
         stream.codec_context.time_base = tick
-        for _ in range(count):
+        for index in range(count):
             shown: Any = graph.pull()
             shown.time_base = tick
-            container.mux(stream.encode(shown))
+            for packet in stream.encode(shown):
+                if hold is not None and index == count - 1:
+                    packet.duration = round(hold * 100)
+                container.mux(packet)
         container.mux(stream.encode())
     return count
 

@@ -31,6 +31,7 @@ ACTS = {
     "decode": "vgen.commands.decode:run",
     "finetune": "vgen.commands.finetune:run",
     "train-lora": "vgen.commands.train_lora:run",
+    "interpolate": "vgen.commands.interpolate:run",
 }
 SOURCES = ("input", "inputs", "data")  # options that name existing files or folders, or 'world:COUNT'
 SETS = ("inputs", "data")  # those of them that may be thousands of files; the stores hash each by itself
@@ -139,6 +140,8 @@ def _filled(card: Family, options: Any, found: registry.Found, origins: dict[str
 
 def _fetch(job: Job) -> None:
     """Have the weights on the disk; a repository that no card names is known, and checked, only then."""
+    if job.card.weightless:
+        return
     if job.found.folder is None:
         hush(bars=sys.stderr.isatty() and not job.out.silent)
         job.out.say(f"Downloading {job.found.reference} ({job.found.repo}) ...")
@@ -202,7 +205,7 @@ def show(job: Job) -> int:
     """Print the plan of --dry-run: every option, and where its value came from."""
     values = record.plain(job.options)
     plan = {"verb": job.verb, "family": job.card.name, "checkpoint": job.checkpoint(), "options": values}
-    lines = [f"{job.verb} {job.card.name}, checkpoint {job.found.reference}" + _where(job.found)]
+    lines = [f"{job.verb} {job.card.name}" + _where(job.found)]
     wide, long = max(map(len, values), default=0), max((len(str(v)) for v in values.values()), default=0)
     lines += [f"  {n.ljust(wide)}  {str(v).ljust(min(long, 40))}  {job.origins[n]}" for n, v in values.items()]
     job.out.object({**plan, "from": job.origins}, "\n".join(lines))
@@ -210,7 +213,10 @@ def show(job: Job) -> int:
 
 
 def _where(found: registry.Found) -> str:
-    return f" in {found.folder}" if found.folder else f", to be downloaded from {found.repo}"
+    if not found.reference:
+        return ", without weights"
+    where = f" in {found.folder}" if found.folder else f", to be downloaded from {found.repo}"
+    return f", checkpoint {found.reference}{where}"
 
 
 def device(asked: str) -> str:
@@ -224,11 +230,12 @@ def act(job: Job) -> int:
     """Start the work: the first line at once, other libraries' noise away, then the imports that take time."""
     if job.verb not in ACTS:
         raise VgenError(f"vgen {__version__} cannot run '{job.verb}' yet.", "A newer vgen may: pip install -U vgen")
-    job.out.say(f"Loading {job.card.name} ({job.found.reference}), seed {job.options.seed} ...")
+    which = "" if job.card.weightless else f" ({job.found.reference}), seed {job.options.seed}"
+    job.out.say(f"Loading {job.card.name}{which} ...")
     hush()
     if job.verb in RUNS and not any(getattr(job.options, name, None) for name in MORE):
         lean.leave_out()
-    job.run.checkpoint = {**job.checkpoint(), "files": lineage.weights(job.folder())}
+    job.run.checkpoint = {**job.checkpoint(), "files": {} if job.card.weightless else lineage.weights(job.folder())}
     inputs = [path for name, path in _inputs(job.options) if name not in SETS and path.is_file()]
     job.run.facts = {"device": device(job.options.device), "inputs": record.hash_files(inputs)}
     run: Callable[[Job], int] = family.fetch(ACTS[job.verb])

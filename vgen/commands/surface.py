@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import Field
+from fractions import Fraction
 from inspect import Parameter, Signature
 from pathlib import Path
 from typing import Annotated, Any
@@ -25,7 +26,7 @@ HOUSE: dict[str, tuple[Any, str, str]] = {  # flags of every verb: type, declara
     "json": (bool, "--json", "Answer in JSON, one object per line."),
     "quiet": (bool, "--quiet", "Only errors and the answer."),
 }
-METAVARS = {int: "N", float: "X", str: "TEXT", Path: "PATH"}
+METAVARS = {int: "N", float: "X", str: "TEXT", Path: "PATH", Fraction: "RATE"}
 
 
 def verb_group(perform: Perform) -> type[Group]:
