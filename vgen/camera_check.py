@@ -41,37 +41,35 @@ def wanted(card: Family, checkpoint: Checkpoint, pictures: Sequence[Item], size:
 def check(
     card: Family, load: Callable[[], Model], base: Path, adapter: Path, word: str, asked: Sequence[Any], on_step: OnStep
 ) -> dict[str, Any]:
-    """Sample as `asked` without the adapter in the folder `adapter` and with it, and measure the camera of both.
-
-    Returns what vgen.json keeps as "camera": the word, the figures of both (`of` samples, how many `show` the motion,
-    in how many it is `known`, the mean `shift` that way in shares of the frame), and whether the adapter is `good`: at
-    least ENOUGH show it, and the mean shift is larger than without.
-    """
-    model, figures = load(), []
-    for i, name in enumerate(("without", "with")):
+    """Sample as `asked` without the adapter in the folder `adapter` and with it, and `judge` the camera of both."""
+    model = load()
+    motions: dict[str, list[Motion]] = {"without": [], "with": []}
+    for i, (name, seen) in enumerate(motions.items()):
         if name == "with":
             lora.use(card, model, base, [Source(str(adapter), adapter / WEIGHTS, 1.0)])
-        motions = []
         for k, one in enumerate(asked):
             frames = decode(model, generate(model, one, lambda name, i, n: None))[0]
-            motions.append(camera.estimate(frames))
+            seen.append(camera.estimate(frames))
             on_step(f"check {word}", i * len(asked) + k + 1, 2 * len(asked))
-        figures.append(summed(motions, word))
-    before, after = figures
+    return judge(word, motions["without"], motions["with"])
+
+
+def judge(word: str, without: Sequence[Motion], with_: Sequence[Motion]) -> dict[str, Any]:
+    """What vgen.json keeps as "camera": the word, the figures of both kinds of samples, and whether that is good.
+
+    Figures: the number `of` samples, how many `show` the motion, in how many it is `known`, the mean `shift` that way
+    in shares of the frame. It is `good` where at least ENOUGH show it, and the mean shift is larger than without.
+    """
+    before, after = _figures(without, word), _figures(with_, word)
     good = after["show"] >= ENOUGH * after["of"] and after["shift"] > before["shift"]
     return {"word": word, "with": after, "without": before, "good": good}
 
 
-def summed(motions: Sequence[Motion], word: str) -> dict[str, Any]:
-    """Figures of several samples: their number, how many show a word, how many can be measured, their mean shift."""
+def _figures(motions: Sequence[Motion], word: str) -> dict[str, Any]:
     known = [one for one in motions if one.known]
     shift = fmean(along(one, word) for one in known) if known else 0.0
-    return {
-        "of": len(motions),
-        "show": sum(matches(one, word) for one in motions),
-        "known": len(known),
-        "shift": round(shift, 4),
-    }
+    show = sum(matches(one, word) for one in motions)
+    return {"of": len(motions), "show": show, "known": len(known), "shift": round(shift, 4)}
 
 
 def told(figures: dict[str, Any]) -> str:

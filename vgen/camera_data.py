@@ -5,20 +5,21 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from vgen import camera, clips, encode, family
-from vgen.camera import BOTH, SIGNS, Motion, matches
+from vgen import camera, clips, encode, family, video
+from vgen.camera import BOTH, Motion, matches
+from vgen.camera_move import ROOM, moved
 from vgen.clips import WORLD_FPS, Item, Size
 from vgen.encode import Encoded
 from vgen.errors import UsageError
@@ -26,15 +27,14 @@ from vgen.family import Checkpoint, Family
 from vgen.files import make_folder
 from vgen.generate import to_frames
 from vgen.model import Model, OnStep
-from vgen.probe import BadClip
+from vgen.probe import BadClip, probe
 from vgen.store import Store
 from vgen.video_write import contact_sheet, write
 
 FORMAT = 1  # of the lines of a cache; another number when `camera.estimate` changes
-ROOM = 1.5  # how many times the frame's size the picture has that a window moves over
-AMOUNTS = {"pan": (0.08, 0.3), "tilt": (0.08, 0.3), "zoom": (0.15, 0.37), "roll": (0.12, 0.4)}  # units of Motion
 TRIES = 4  # windows that are tried for each clip to be made
 QUALITY = 6  # of the clips that are made: the constant rate factor of H.264, near to lossless
+PIECES = 8  # of a long clip, at most
 SHOWN = 16  # clips on a contact sheet
 
 
@@ -105,12 +105,13 @@ def encoding(card: Family, options: Any, checkpoint: Checkpoint) -> Any:
 def survey(
     items: Sequence[Item], size: Size, fps: float | None, cache: Path, on_step: OnStep
 ) -> tuple[list[Found], list[str]]:
-    """The camera motion of what would be trained on of each clip, and why clips are left out.
+    """The camera motion of what would be trained on of each clip, or piece of a long one; and why some are left out.
 
     `cache` is a file of JSON lines, by content hash, size and rate: what is in it is not measured again.
     """
     known, found, aside = _known(cache), [], []
-    for i, item in enumerate(items):
+    pieces = [piece for item in items for piece in cut(item, size[0], fps)]
+    for i, item in enumerate(pieces):
         try:
             seen = clips.look(item)
             told = f"{seen.sha256}/{'x'.join(map(str, size))}/{fps or 0:g}/{FORMAT}"
@@ -120,8 +121,21 @@ def survey(
             found.append(Found(item, seen.sha256, known[told]))
         except BadClip as error:
             aside.append(str(error))
-        on_step("camera", i + 1, len(items))
+        on_step("camera", i + 1, len(pieces))
     return found, aside
+
+
+def cut(item: Item, num_frames: int, fps: float | None) -> list[Item]:
+    """A video of many times `num_frames` in up to PIECES pieces, all of one length; what a manifest has cut stays."""
+    if item.kind != "video" or item.frames:
+        return [item]
+    try:
+        told = probe(item.path)
+    except BadClip:  # `survey` says why
+        return [item]
+    count = min(PIECES, video.available(told, fps) // (num_frames + 1))
+    bounds = [round(k * len(told.pts) / count) for k in range(count + 1)] if count > 1 else []
+    return [replace(item, frames=pair) for pair in pairwise(bounds)] or [item]
 
 
 def _known(cache: Path) -> dict[str, Motion]:
@@ -228,7 +242,7 @@ def make(
         name = hashlib.sha256(f"{source.sha256}/{word}/{number}/{size}/{fps}/{FORMAT}".encode()).hexdigest()
         path = folder / f"{word}-{number:04d}-{name[:12]}.mp4"
         if not path.exists():
-            frames, rate = moved(source.item, word, size, fps, int(name[:16], 16))
+            frames, rate = _moved(source.item, word, size, fps, int(name[:16], 16))
             if not matches(camera.estimate(frames), word):
                 continue
             write(path, torch.from_numpy(frames), rate, quality=QUALITY)
@@ -239,58 +253,14 @@ def make(
     return made
 
 
-def moved(item: Item, word: str, size: Size, fps: float | None, seed: int) -> tuple[NDArray[np.uint8], Fraction]:
-    """Frames (T, H, W, 3) that a window shows which moves over a still clip or an image, and their rate.
-
-    How far, where and how smoothly it moves is drawn from `seed`. The window never leaves the picture.
-    """
+def _moved(item: Item, word: str, size: Size, fps: float | None, seed: int) -> tuple[NDArray[np.uint8], Fraction]:
+    """Frames (T, H, W, 3) that a window shows which moves over a still clip or an image, and their rate."""
     count, height, width = size
-    wide = (round(ROOM * height), round(ROOM * width))
-    loaded = clips.load(item, 1 if item.kind == "image" else count, *wide, fps=fps)
-    pictures = to_frames(loaded.pixels).numpy()
-    rng = np.random.default_rng(seed)
-    poses = _poses(word, size, rng)
-    frames = [
-        cv2.warpAffine(
-            pictures[min(k, len(pictures) - 1)],
-            pose,
-            (width, height),
-            flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP,
-            borderMode=cv2.BORDER_REFLECT_101,  # of the half pixel at the very edge
-        )
-        for k, pose in enumerate(poses)
-    ]
-    rate = Fraction(fps).limit_denominator(1001) if fps else WORLD_FPS
-    rate = rate if fps or item.kind == "image" else Fraction(loaded.record["fps"])
-    return np.stack(frames).astype(np.uint8), rate
-
-
-def _poses(word: str, size: Size, rng: np.random.Generator) -> Iterator[NDArray[np.float64]]:
-    """For each frame the map (2, 3) from its pixels to those of the picture that is ROOM times as large."""
-    count, height, width = size
-    axis, sign = SIGNS.get(word, ("", 0))
-    amount = sign * rng.uniform(*AMOUNTS[axis]) if axis else 0.0
-    ease = rng.uniform()
-    u = np.linspace(0, 1, count) if count > 1 else np.zeros(1)
-    u = (1 - ease) * u + ease * u * u * (3 - 2 * u) - 0.5
-    way = dict.fromkeys(AMOUNTS, np.zeros(count)) | ({axis: amount * u} if axis else {})
-    bound = _bound(abs(amount) / 2, height / width) if axis == "roll" else 1.0
-    scale = math.exp(abs(amount) / 2) if axis == "zoom" else min(1.0, ROOM / bound)  # never enlarges but for room
-    scales = scale * np.exp(-way["zoom"])
-    reach = scales.max() * bound
-    free = np.array([ROOM - reach - abs(amount) * (axis == one) for one in ("pan", "tilt")]) / 2
-    aside = rng.uniform(-1, 1, 2) * free.clip(0)
-    for k in range(count):
-        cos, sin = scales[k] * math.cos(way["roll"][k]), scales[k] * math.sin(way["roll"][k])
-        x = (ROOM / 2 + aside[0] + way["pan"][k]) * width - 0.5
-        y = (ROOM / 2 + aside[1] - way["tilt"][k]) * height - 0.5
-        across, down = (width - 1) / 2, (height - 1) / 2
-        yield np.array([[cos, -sin, x - cos * across + sin * down], [sin, cos, y - sin * across - cos * down]])
-
-
-def _bound(angle: float, aspect: float) -> float:
-    """How many times larger the upright box around a turned frame is; `aspect` is height over width."""
-    return math.cos(angle) + math.sin(angle) * max(aspect, 1 / aspect)
+    image = item.kind == "image"
+    loaded = clips.load(item, 1 if image else count, round(ROOM * height), round(ROOM * width), fps=fps)
+    frames = moved(to_frames(loaded.pixels).numpy(), word, size, seed)
+    usual = WORLD_FPS if image else Fraction(loaded.record["fps"])
+    return frames, Fraction(fps).limit_denominator(1001) if fps else usual
 
 
 # Encoding
@@ -328,5 +298,5 @@ def pictures(chosen: Sequence[Found], size: Size, fps: float | None, folder: Pat
         path = folder / f"{one.sha256[:16]}.png"
         if not path.exists():
             write(path, to_frames(clips.load(one.item, 1, *size[1:], fps=fps).pixels), Fraction(1))
-        made.append(replace(one.item, path=path, kind="image", world=None))
+        made.append(Item(path, one.item.captions, "image"))
     return made

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from vgen.commands.finetune import train, trained
 from vgen.commands.prepare import Job
+from vgen.errors import UsageError
 
 if TYPE_CHECKING:
     from vgen.camera_data import Choice
@@ -73,10 +74,16 @@ def _stored(job: Job, choice: Choice, word: str, told: Any, folder: Path, total:
     kept = [one.item for one in choice.kept[word]]
     with job.out.progress() as on_step:
         made = camera_data.make(choice.sources, word, options.synthesize, size, told.fps, folder / "made", on_step)
+    have = f"{len(kept)} of {total} clips show '{word}'"
+    if len(kept) + len(made) < options.min_clips:
+        raise UsageError(
+            f"{have} and {len(made)} could be made; {options.min_clips} are needed.",
+            "The still pictures have too little texture: give more --data, or lower --min-clips.",
+        )
     shown = camera_data.sheet([*kept, *made], size, told.fps, folder / "kept.png")
-    job.out.say(f"{len(kept)} of {total} clips show '{word}', {len(made)} more were made; see {shown}.")
+    job.out.say(f"{have}, {len(made)} more were made; see {shown}.")
     if len(made) < options.synthesize:
-        job.out.warning(f"{options.synthesize} were to be made: the still pictures have too little texture.")
+        job.out.warning(f"{options.synthesize} were to be made: of some still pictures the motion cannot be read back.")
     model: Model = job.card.loader()(job.folder(), job.found.checkpoint, job.machine())
     mend = f"rm -r {shlex.quote(str(folder))}, and run it again"
     store = Store.open(folder / "latents", space=model.space, text_space=model.text_space, create=True, mend=mend)
