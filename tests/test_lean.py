@@ -1,14 +1,19 @@
-"""A run that only runs networks imports no more than that; what it left out is there for whoever asks later."""
+"""A run imports what it uses and no more; what it left out is there for whoever asks later."""
 
 from __future__ import annotations
 
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny
+import trained
 from shell import run
+
+from vgen.lora import train_lora
+from vgen.plugins.cogvideox import family
 
 MODULES = """
 import json, sys
@@ -60,6 +65,28 @@ with lean.imports("transformers"):
 import peft, bitsandbytes
 assert torch._dynamo.disable(len) is not len
 """
+ALONE = """
+import sys
+from vgen import lean
+lean.leave_out("peft")
+with lean.imports("peft", "transformers"):
+    import peft, torch
+    assert torch._dynamo.config.verbose is False
+    assert torch._dynamo is sys.modules["torch._dynamo"] is not None
+    assert not torch.distributed.is_available()
+assert torch.distributed.is_available()
+assert not {"sympy", "torch._dynamo", "torch.distributed.tensor", "bitsandbytes"} & set(sys.modules)
+with lean.untraced():
+    assert torch.distributed.is_available()
+    w = torch.nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.AdamW([w])
+    torch.utils.checkpoint.checkpoint(lambda w: (w * w).sum(), w, use_reentrant=False).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+assert "torch._dynamo" not in sys.modules
+assert torch.compile(lambda x: x + 1, backend="eager")(torch.ones(1)) == 2
+assert torch._dynamo.config.verbose is False
+"""
 
 
 @pytest.fixture(scope="module")
@@ -67,17 +94,19 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.checkpoint(tmp_path_factory.mktemp("lean") / "c")
 
 
+def imported(checkpoint: Path, folder: Path, *words: str) -> list[str]:
+    """The libraries that a run in `folder` imported."""
+    line = [*words, "--checkpoint", str(checkpoint), "--seed", "3", "--device", "cpu", "--overwrite"]
+    done = run([sys.executable, "-c", MODULES, *line], cwd=folder, VGEN_HOME=str(folder))
+    code, names = json.loads(done.err.splitlines()[-1])
+    assert code == 0, done.err
+    return names
+
+
 def sampled(checkpoint: Path, folder: Path, *flags: str) -> list[str]:
     """The libraries that sampling imported."""
-    words = ["sample", "cogvideox", "a red ball rising", "--checkpoint", str(checkpoint), "--seed", "1"]
-    done = run(
-        [sys.executable, "-c", MODULES, *words, "--num-inference-steps", "2", "--overwrite", "-o", "x.mp4", *flags],
-        cwd=folder,
-        VGEN_HOME=str(folder),
-    )
-    code, names = json.loads(done.err.splitlines()[-1])
-    assert code == 0
-    return names
+    words = ("sample", "cogvideox", "a red ball rising", "--num-inference-steps", "2", "-o", "x.mp4")
+    return imported(checkpoint, folder, *words, *flags)
 
 
 def test_sampling_imports_what_it_uses(checkpoint: Path, tmp_path: Path):
@@ -89,7 +118,21 @@ def test_with_caching_nothing_breaks(checkpoint: Path, tmp_path: Path):
     assert "peft" not in sampled(checkpoint, tmp_path, "--cache", "fbcache")
 
 
-@pytest.mark.parametrize("script", [AFTERWARDS, STAND_IN])
+def test_training_imports_what_it_uses_and_has_the_same_bits(checkpoint: Path, tmp_path: Path):
+    """In this process nothing is left out."""
+    data = trained.stored(checkpoint, tmp_path / "store", ["world:20"], (1, 32, 32))
+    flags: dict[str, Any] = {"data": [data], "max_train_steps": 2, "rank": 2, "gradient_checkpointing": True}
+    words = ("cogvideox", "--data", data, "--max-train-steps", "2", "--gradient-checkpointing")
+    lora = ("train-lora", *words, "--rank", "2", "-o", "lora", "--validation-prompt", "a ball")
+    assert imported(checkpoint, tmp_path, *lora) == ["diffusers", "peft", "transformers"]
+    asked = tiny.asked(checkpoint, "train-lora", **flags, output=tmp_path / "whole")
+    train_lora(family, tiny.model(checkpoint), checkpoint, asked, tiny.CPU)
+    assert trained.same(trained.state(tmp_path / "lora"), trained.state(tmp_path / "whole"))
+    assert imported(checkpoint, tmp_path, "finetune", *words, "-o", "weights") == ["diffusers"]
+    assert sampled(checkpoint, tmp_path, "--lora", "whole") == ["diffusers", "peft", "transformers"]
+
+
+@pytest.mark.parametrize("script", [AFTERWARDS, STAND_IN, ALONE])
 def test_what_was_left_out_can_be_had_afterwards(checkpoint: Path, script: str):
     done = run([sys.executable, "-c", script, str(checkpoint)])
     assert done.code == 0, done.err

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vgen import lean
 from vgen.adapter_file import Adapter, Pairs
 from vgen.errors import UsageError, VgenError, did_you_mean
 
@@ -130,7 +131,8 @@ def _shapes(layer: Any) -> tuple[int, int]:
 
 def _adapted(network: nn.Module, name: str | None = None) -> Iterator[tuple[str, Any]]:
     """The layers that carry an adapter (of that name), as peft's."""
-    from peft.tuners.lora import LoraLayer
+    with lean.imports("peft", "transformers"):
+        from peft.tuners.lora import LoraLayer
 
     for path, module in network.named_modules():
         if isinstance(module, LoraLayer) and (name is None or name in module.lora_A):
@@ -139,20 +141,20 @@ def _adapted(network: nn.Module, name: str | None = None) -> Iterator[tuple[str,
 
 def _inject(network: nn.Module, name: str, ranks: Mapping[str, int], scaling: float, dropout: float) -> None:
     """Have peft wrap layers of these ranks, with random weights, and turn all adapters of the network on."""
-    from peft import LoraConfig, inject_adapter_in_model
-
     rank = max(ranks.values())
     other = {f"^{re.escape(layer)}": r for layer, r in ranks.items() if r != rank}
-    config = LoraConfig(
-        r=rank,
-        lora_alpha=scaling * rank,  # type: ignore[arg-type]
-        rank_pattern=other,
-        alpha_pattern={layer: scaling * r for layer, r in other.items()},
-        target_modules=list(ranks),
-        lora_dropout=dropout,
-    )
-    with warnings.catch_warnings(action="ignore", category=UserWarning):  # that it is not the first
-        inject_adapter_in_model(config, network, name)
+    with lean.imports("peft", "transformers"), warnings.catch_warnings(action="ignore", category=UserWarning):
+        from peft import LoraConfig, inject_adapter_in_model
+
+        config = LoraConfig(
+            r=rank,
+            lora_alpha=scaling * rank,  # type: ignore[arg-type]
+            rank_pattern=other,
+            alpha_pattern={layer: scaling * r for layer, r in other.items()},
+            target_modules=list(ranks),
+            lora_dropout=dropout,
+        )
+        inject_adapter_in_model(config, network, name)  # warns that it is not the first
     placed = {path for path, _ in _adapted(network, name)}
     if placed != set(ranks):
         raise VgenError(f"{len(ranks)} layers were to be adapted, {len(placed)} could be.", "Name other layers.")

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from vgen import adapter_file, adapters, lineage, quant
+from vgen import adapter_file, adapters, lean, lineage, quant
 from vgen.adapter_file import FOREIGN, WEIGHTS, Adapter, Pairs, Rename, kohya_name
 from vgen.cache import commit
 from vgen.errors import UsageError, VgenError
@@ -222,16 +222,24 @@ def _save(
 def _check(path: Path, part: str, pairs: Pairs, network: Any, dtype: torch.dtype) -> None:
     """Load a written file into a fresh network by diffusers' reader, and by ours, and compare. Raises VgenError."""
     fresh = _hollow(network)
-    fresh.load_lora_adapter(path.parent, weight_name=path.name, prefix=part)
-    ours = adapter_file.read(path, part, adapters.layers(fresh)).pairs
-    wanted = {name: tuple(t.to(dtype).float() for t in pair) for name, pair in pairs.items()}
-    for found in (adapters.effect(fresh), ours):
-        same = {name for name, pair in found.items() if name in wanted and all(map(torch.equal, pair, wanted[name]))}
-        if not wanted.keys() == found.keys() == same:
-            raise VgenError(
-                f"{path} does not load as it was trained: {len(same)} of {len(wanted)} layers are the same.",
-                "The state of the run is kept; please report this with the version of diffusers and peft.",
-            )
+    with lean.imports("peft", "transformers"):
+        fresh.load_lora_adapter(path.parent, weight_name=path.name, prefix=part)
+    _compare(path, pairs, adapters.effect(fresh), dtype)
+    _compare(path, pairs, adapter_file.read(path, part, adapters.layers(fresh)).pairs, dtype)
+
+
+def _compare(path: Path, pairs: Pairs, found: Pairs, dtype: torch.dtype) -> None:
+    """Raises VgenError where what was read differs from what trained, in the precision `dtype` of the file."""
+
+    def same(layer: str) -> bool:
+        return all(torch.equal(a, b.to(dtype).float()) for a, b in zip(found[layer], pairs[layer], strict=True))
+
+    right = sum(same(layer) for layer in pairs.keys() & found.keys())
+    if not right == len(pairs) == len(found):
+        raise VgenError(
+            f"{path} does not load as it was trained: {right} of {len(pairs)} layers are the same.",
+            "The state of the run is kept; please report this with the version of diffusers and peft.",
+        )
 
 
 def _hollow(network: Any) -> Any:

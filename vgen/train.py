@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vgen import fingerprint, logs, record
+from vgen import fingerprint, lean, logs, record
 from vgen.dataset import Batch, ahead
 from vgen.errors import VgenError
 from vgen.evaluation import evaluate
@@ -45,6 +45,7 @@ class Between:
     on_step: OnStep = lambda name, i, n: None
 
 
+@lean.untraced()
 def fit(
     part: Part,
     batch: Callable[[int], Batch],

@@ -35,8 +35,9 @@ ACTS = {
 }
 SOURCES = ("input", "inputs", "data")  # options that name existing files or folders, or 'world:COUNT'
 SETS = ("inputs", "data")  # those of them that may be thousands of files; the stores hash each by itself
-RUNS = ("sample", "encode", "decode")  # verbs that only run networks ...
-MORE = ("compile", "lora", "quantize")  # ... unless one of these options is set
+LEAN = ("sample", "encode", "decode", "finetune", "train-lora")  # verbs that know what they import ...
+MORE = {"compile": False, "quantize": None, "optimizer": "adamw", "report_to": "none"}  # ... where these are as here
+ADAPTS = ("peft", "transformers")  # what adapters take: peft imports the other
 CLIPS = ("sample", "decode", "interpolate", "upscale")  # their output must not exist yet; the others go on in a folder
 
 
@@ -233,8 +234,8 @@ def act(job: Job) -> int:
     which = "" if job.card.weightless else f" ({job.found.reference}), seed {job.options.seed}"
     job.out.say(f"Loading {job.card.name}{which} ...")
     hush()
-    if job.verb in RUNS and not any(getattr(job.options, name, None) for name in MORE):
-        lean.leave_out()
+    if job.verb in LEAN and all(getattr(job.options, name, value) == value for name, value in MORE.items()):
+        lean.leave_out(*(ADAPTS if job.verb == "train-lora" or getattr(job.options, "lora", None) else ()))
     job.run.checkpoint = {**job.checkpoint(), "files": {} if job.card.weightless else lineage.weights(job.folder())}
     inputs = [path for name, path in _inputs(job.options) if name not in SETS and path.is_file()]
     job.run.facts = {"device": device(job.options.device), "inputs": record.hash_files(inputs)}
