@@ -88,5 +88,5 @@ def mend(figures: dict[str, Any]) -> str:
     if 2 * after["known"] < after["of"]:
         return "Most samples have too little texture to measure: check with other clips, or look at samples."
     if after["shift"] <= figures["without"]["shift"]:
-        return "It learnt nothing of it: look at kept.png, raise --learning-rate or --max-train-steps, or --rank."
-    return "It goes the right way, but not far enough: train longer with --resume and more --max-train-steps."
+        return "It learnt nothing of it: look at kept.png, then raise --learning-rate or --max-train-steps."
+    return "It goes the right way, but not far enough: train on from it with --init-lora, to another folder."
