@@ -75,12 +75,13 @@ def checkpoints(name: str) -> str:
 def native(name: str) -> str:
     """What the checkpoints of a family were made for, and what they take."""
     head = ("checkpoint", "starts from", "frames x height x width", "fps", "steps", "guidance", "sampler")
-    rows = []
+    rows, usual = [], vars(family(name).options("sample"))
     for tag, one in _checkpoints(family(name)):
         told = one.defaults
         size = f"{told['num_frames']} x {told['height']} x {told['width']}"
-        values = (f"{told[key]:g}" for key in ("fps", "num_inference_steps", "guidance_scale"))
-        rows.append((f"`{tag}`", " or ".join(one.modes), size, *values, str(told["sampler"])))
+        scales = [told[key] for key in ("guidance_scale", "min_guidance_scale", "max_guidance_scale") if key in told]
+        values = (f"{told['fps']:g}", f"{told['num_inference_steps']:g}", " to ".join(f"{one:g}" for one in scales))
+        rows.append((f"`{tag}`", " or ".join(one.modes), size, *values, str(told.get("sampler", usual["sampler"]))))
     return table(head, rows)
 
 
@@ -95,6 +96,8 @@ def rules(name: str) -> str:
 def _rule(rule: Rule) -> str:
     if rule.low == rule.high:
         return str(rule.low)
+    if rule.step == 1:
+        return "any"
     return f"{rule.step}k + {rule.offset}" if rule.offset else f"{rule.step}k"
 
 

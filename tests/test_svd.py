@@ -287,7 +287,7 @@ def test_the_drift_of_each_window_is_told(folder, image):
     options = svd_tiny.asked(folder, **told(image, num_frames=7))
     frames = torch.zeros(7, 8, 8, 3, dtype=torch.uint8)
     frames[4:] = 200
-    told_of = svd_tiny.model(folder).measure(options, frames)["windows"]
+    told_of = svd_tiny.model(folder).measure(options, frames)["window"]
     assert told_of[0] == {"colour": [0.0, 0.0, 0.0], "sharpness": 0.0}
     assert told_of[1]["colour"] == [150.0, 150.0, 150.0]
     short = svd_tiny.asked(folder, **told(image))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -46,6 +46,15 @@ def _adapted(job: Job, model: Model) -> list[str]:
     return lora.use(job.card, model, job.folder(), sources)
 
 
+def lines(facts: Mapping[str, Any]) -> Iterator[str]:
+    """Facts in lines for people: of a list of figures, a line each."""
+    for name, value in facts.items():
+        several = value if isinstance(value, list) else [value]
+        for i, one in enumerate(several):
+            figures = ", ".join(f"{k} {v}" for k, v in one.items()) if isinstance(one, Mapping) else one
+            yield f"{name}{f' {i + 1}' if len(several) > 1 else ''}: {figures}"
+
+
 def _write(job: Job, model: Model, streams: Mapping[str, Tensor], path: Path, seed: int) -> None:
     """One clip: as latents or as pictures, by the path's extension; its contact sheet; its record."""
     from vgen import latents
@@ -61,7 +70,11 @@ def _write(job: Job, model: Model, streams: Mapping[str, Tensor], path: Path, se
     else:
         assert frames is not None
         write(path, frames, fps, metadata=record)
-    facts: dict[str, Any] = {}
+    measure = getattr(model, "measure", None)
+    facts: dict[str, Any] = measure(job.options, frames) if measure and frames is not None else {}
+    for line in lines(facts):
+        job.out.say(line)
+    job.run.facts |= facts
     if job.options.contact_sheet and frames is not None:
         facts["contact_sheet"] = str(contact_sheet(frames, sheet_of(path)))
     job.run.write(path, seed=seed)

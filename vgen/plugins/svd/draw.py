@@ -127,7 +127,7 @@ def _windows(frames: int, options: Any) -> int:
     return (frames - options.window) // (options.window - options.window_overlap) + 1
 
 
-def drift(windows: Chain, options: Any, frames: Tensor) -> dict[str, Any]:
+def drift(windows: Chain, frames: Tensor) -> dict[str, Any]:
     """Mean colour and sharpness of each window of a long clip, frames (T, H, W, 3) of 8 bits; nothing for one window.
 
     Sharpness is the mean absolute difference of neighbouring pixels, in steps of 8 bits.
@@ -142,4 +142,4 @@ def drift(windows: Chain, options: Any, frames: Tensor) -> dict[str, Any]:
         told.append(
             {"colour": [round(c, 1) for c in part.mean((0, 1, 2)).tolist()], "sharpness": round(sharp.item(), 2)}
         )
-    return {"windows": told}
+    return {"window": told}

@@ -20,7 +20,7 @@ from vgen.machine import Machine
 from vgen.model import Chain, Draw
 from vgen.networks import Networks, prepare
 from vgen.pixels import Autoencoder
-from vgen.plugins.svd import NOISE, autoencoder, between, draw, pictures, told
+from vgen.plugins.svd import NOISE, autoencoder, between, draw, image_checkpoint, pictures, told
 from vgen.plugins.svd.grow import grown
 from vgen.plugins.svd.unet import UNet
 from vgen.text import Texts
@@ -182,8 +182,10 @@ class StableVideoDiffusion:
         return draw.chain(options)
 
     def measure(self, options: Any, frames: Tensor) -> dict[str, Any]:
-        """How colour and sharpness drift over the windows of a long clip, whose frames are (T, H, W, 3) of 8 bits."""
-        return draw.drift(self.chain(options), options, frames)
+        """How a long clip of frames (T, H, W, 3) of 8 bits drifts, window by window, and what made its picture."""
+        own = self.takes_text or options.image
+        made = {} if own else {"picture": image_checkpoint(options.image_checkpoint)[1].reference}
+        return {**made, **draw.drift(self.chain(options), frames)}
 
     def part(self, name: str, options: Any) -> UNet | Autoencoder:
         """A part made ready for training by `options`; its weights take gradients, all others stay as they are."""
