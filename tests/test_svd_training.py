@@ -287,6 +287,13 @@ def test_an_adapter_sits_on_temporal_attention_and_changes_nothing_at_scale_0(fo
     assert told["family"] == "svd"
 
 
+def test_a_picture_is_validated_while_it_trains(folder, data, tmp_path):
+    image = svd_tiny.picture(tmp_path / "first.png")
+    run(folder, tmp_path / "o", data, validation_image=image, validation_steps=1)
+    made = sorted(path.name for path in (tmp_path / "o" / "validation").iterdir())
+    assert made == ["000001-0.mp4", "000002-0.mp4"]
+
+
 def test_a_training_batch_is_a_function_of_seed_and_step(folder, data):
     first, again = batch(folder, data), batch(folder, data)
     assert first["keys"] == again["keys"]

@@ -21,8 +21,14 @@ from vgen.video_write import write
 
 
 def wanted(card: Family, base: Path, options: Any) -> list[Any]:
-    """The options of `sample` for each validation prompt. Raises UsageError where the checkpoint cannot take them."""
-    if not options.validation_prompt:
+    """The options of `sample` for each validation prompt, or for the picture of a family that starts from one.
+
+    Raises UsageError where the checkpoint cannot take them.
+    """
+    kind: Any = card.options("sample")
+    known = {f.name: f.metadata.get("positional", False) for f in fields(kind)}
+    alone = options.validation_image and known.get("image")
+    if not options.validation_prompt and not alone:
         if options.validation_image:
             raise UsageError(
                 "--validation-image is where validation clips start from.", "Give --validation-prompt too."
@@ -33,19 +39,18 @@ def wanted(card: Family, base: Path, options: Any) -> list[Any]:
             "--validation-prompt and --train-text-encoder exclude each other: prompts are embedded before training.",
             "Leave one out.",
         )
-    kind: Any = card.options("sample")
-    known = {f.name for f in fields(kind)}
     told = {"seed": options.seed, "image": options.validation_image, "vae_tiling": True, "vae_slicing": True}
     if options.validation_image and "image" not in known:
         raise UsageError(f"--validation-image does nothing: '{card.name}' starts from text.", "Leave it out.")
     given = {name: value for name, value in told.items() if name in known}
     checkpoint = card.describe(base) if card.describe else Checkpoint(base.name)
-    return [family.resolve(card, kind(prompt=one, **given), checkpoint) for one in options.validation_prompt]
+    prompts = options.validation_prompt or [""]
+    return [family.resolve(card, kind(prompt=one, **given), checkpoint) for one in prompts]
 
 
 def prepare(model: Model, asked: Sequence[Any]) -> None:
     """Have the texts embedded, and kept on the disk, while nothing else is in memory."""
-    for one in asked:
+    for one in asked if model.text_space else ():
         model.draw(model.base[0], one, {})
 
 

@@ -183,9 +183,11 @@ class StableVideoDiffusion:
 
     def measure(self, options: Any, frames: Tensor) -> dict[str, Any]:
         """How a long clip of frames (T, H, W, 3) of 8 bits drifts, window by window, and what made its picture."""
-        own = self.takes_text or options.image
-        made = {} if own else {"picture": image_checkpoint(options.image_checkpoint)[1].reference}
-        return {**made, **draw.drift(self.chain(options), frames)}
+        drift = draw.drift(self.chain(options), frames)
+        if self.takes_text or options.image:
+            return drift
+        card, found = image_checkpoint(options.image_checkpoint)
+        return {"picture": f"{card.name} ({found.reference})", **drift}
 
     def part(self, name: str, options: Any) -> UNet | Autoencoder:
         """A part made ready for training by `options`; its weights take gradients, all others stay as they are."""
