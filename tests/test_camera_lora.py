@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import filmed
 import pytest
 import svd_tiny
 import torch
-from diffusers import UNetSpatioTemporalConditionModel
-from diffusers.loaders import PeftAdapterMixin
+from diffusers import StableVideoDiffusionPipeline, UNetSpatioTemporalConditionModel
 from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
 from safetensors.torch import load_file
 from shell import Done, vgen
 from torch import Tensor
 
-from vgen import lora
+from vgen import lora, modelcard
 from vgen.lora_source import locate
 from vgen.plugins.svd import family
 from vgen.tensorfile import header
@@ -137,11 +138,18 @@ def called(network: UNetSpatioTemporalConditionModel) -> Tensor:
 def test_the_adapter_loads_in_plain_diffusers_and_peft_as_documented(ran, base):
     adapter = ran[0] / "pan-left"
 
-    class UNet(UNetSpatioTemporalConditionModel, PeftAdapterMixin):
-        pass
-
-    by_diffusers = UNet.from_pretrained(base, subfolder="unet")
-    by_diffusers.load_lora_adapter(adapter, prefix="unet", weight_name=WEIGHTS)
+    told = json.loads((adapter / "vgen.json").read_text())
+    told |= {"license": "mit", "base": {"reference": f"toys/svd@{40 * '0'}"}}
+    card = modelcard.card("me/pan-left", "", told, "adapter", "image-to-video", {})
+    assert "It is for the motion `pan-left`." in card
+    assert "| with the adapter | 0 of 2 |" in card
+    assert "vgen sample svd picture.png --checkpoint toys/svd --lora me/pan-left" in card
+    python = card.partition("```python\n")[2].partition("```")[0]
+    there = {"me/pan-left": str(adapter), "toys/svd": str(base)}
+    names: dict[str, Any] = {}
+    exec(re.sub("|".join(there), lambda match: there[match[0]], python), names)
+    assert isinstance(names["pipe"], StableVideoDiffusionPipeline)
+    by_diffusers = names["pipe"].unet
 
     by_peft = UNetSpatioTemporalConditionModel.from_pretrained(base, subfolder="unet")
     state = {name.removeprefix("unet."): t for name, t in load_file(adapter / WEIGHTS).items()}

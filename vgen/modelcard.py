@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from vgen import __version__
+from vgen.cache import ADAPTER
 from vgen.lineage import tables
 
 PIPELINES = {"text": "text-to-video", "image": "image-to-video", "video": "video-to-video"}
@@ -48,9 +49,11 @@ def card(repo: str, tag: str, manifest: Mapping[str, Any], kind: str, task: str,
             "## Use",
             "",
             "```sh",
-            *_commands(reference, manifest, kind, base),
+            *_commands(reference, manifest, kind, base, task),
             "```",
             "",
+            *(_loading(repo, manifest, base) if kind == "adapter" else []),
+            *_camera(manifest),
             *_training(manifest),
             *_lineage(manifest, base),
         ]
@@ -86,15 +89,55 @@ def _base(manifest: Mapping[str, Any]) -> str:
     return match[1] if match else ""
 
 
-def _commands(reference: str, manifest: Mapping[str, Any], kind: str, base: str) -> list[str]:
+def _commands(reference: str, manifest: Mapping[str, Any], kind: str, base: str, task: str) -> list[str]:
     start = manifest.get("base")
     demo = isinstance(start, Mapping) and start.get("reference") == "demo"
     on = f"--checkpoint {base or 'demo'} " if base or demo else ""
+    start_of = "picture.png" if task == PIPELINES["image"] else '"a red ball rising"'
     flag = f"{on}--lora" if kind == "adapter" else "--checkpoint"
     return [
         f"vgen checkpoints pull {reference}",
-        f'vgen sample {manifest["family"]} "a red ball rising" {flag} {reference}',
+        f"vgen sample {manifest['family']} {start_of} {flag} {reference}",
     ]
+
+
+def _loading(repo: str, manifest: Mapping[str, Any], base: str) -> list[str]:
+    """How an adapter loads without vgen on any network of diffusers: not all bring a reader of adapters."""
+    network, part = manifest.get("network"), manifest.get("part")
+    if not network or not part:
+        return []
+    of = json.dumps(base or "FOLDER OF THE BASE")
+    return [
+        "In diffusers with peft, also for pipelines that have no `load_lora_weights`:",
+        "",
+        "```python",
+        f"from diffusers import DiffusionPipeline, {network}",
+        "from diffusers.loaders import PeftAdapterMixin",
+        "",
+        f"class Network({network}, PeftAdapterMixin):",
+        "    pass",
+        "",
+        f'network = Network.from_pretrained({of}, subfolder="{part}")',
+        f'network.load_lora_adapter("{repo}", prefix="{part}", weight_name="{ADAPTER}")',
+        f"pipe = DiffusionPipeline.from_pretrained({of}, {part}=network)",
+        "```",
+        "",
+    ]
+
+
+def _camera(manifest: Mapping[str, Any]) -> list[str]:
+    """What an adapter for a camera does, as it was measured."""
+    told = manifest.get("camera")
+    if not isinstance(told, Mapping):
+        return []
+    lines = ["## The camera", "", f"It is for the motion `{told['word']}`."]
+    rows = [(name, told[name]) for name in ("with", "without") if isinstance(told.get(name), Mapping)]
+    if rows:
+        lines += ["", "| samples | show it | mean shift that way |", "| --- | --- | --- |"]
+        lines += [
+            f"| {n} the adapter | {f['show']} of {f['of']} | {100 * f['shift']:.1f} % of the frame |" for n, f in rows
+        ]
+    return [*lines, ""]
 
 
 def _training(manifest: Mapping[str, Any]) -> list[str]:

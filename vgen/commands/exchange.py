@@ -149,8 +149,11 @@ def _stage(folder: Path, place: Path, target: publish.Target, license: str, name
 
 
 def _task(folder: Path, name: str) -> str:
-    """The Hub's name of what a checkpoint does, as its family reads it; of an adapter, what most bases do."""
+    """The Hub's name of what a checkpoint does, as its family reads it; of an adapter, what the usual base does."""
     card = family(name) if name in installed() else None
+    if card and card.default and cache.kind(folder) == "adapter":
+        usual = card.checkpoint(card.default)
+        return pipeline(usual.modes, usual.defaults.get("num_frames"))
     if card is None or card.describe is None or cache.kind(folder) != "checkpoint" or cache.missing(folder):
         return pipeline((), None)
     told = card.describe(folder)
