@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -101,5 +101,5 @@ def opened(output: Path, fps: Fraction, look: Look, identity: Mapping[str, Any])
                 file.write(json.dumps(told, indent=1).encode())
         found = frozenset(int(path.stem.partition("-")[2]) for path in parts.paths())
         yield Parts(output, folder, fps, look, found, changed)
-    with suppress(OSError):  # parts are left where the run failed
-        folder.rmdir()
+    if not (folder / IDENTITY).exists():
+        shutil.rmtree(folder, ignore_errors=True)  # a killed run may have left its claim

@@ -81,11 +81,11 @@ class Placing:
     def clock(self) -> Clock:
         """When the frames of the result are shown. At a factor, the last one stays as long as in the given clip."""
         if self.rate is not None:
-            return Clock(1 / self.rate, iter(range(self.count)), 1)
+            return Clock(1 / self.rate, iter(range(self.count)), 1, self.rate)
         if not self.told.vfr:
             tick = 1 / self.fps
             rest = self.told.duration - self.time(self.gaps)
-            return Clock(tick, iter(range(self.count)), max(round(rest / tick), 1))
+            return Clock(tick, iter(range(self.count)), max(round(rest / tick), 1), self.fps)
         tick = self.told.time_base / self.factor
         rest = self.told.pts[0] + self.told.duration - self.told.pts[-1]
         return Clock(tick, self._varying(), max(round(rest / tick), 1))

@@ -23,11 +23,15 @@ FORMATS = {".mp4": "mp4", ".webm": "webm"}  # outputs that hold sound
 
 @dataclass(frozen=True)
 class Clock:
-    """When frames are shown: stamps in ticks of `tick` seconds, rising from 0; the last frame stays `last` ticks."""
+    """When frames are shown: stamps in ticks of `tick` seconds, rising from 0; the last frame stays `last` ticks.
+
+    `rate` is the constant rate, where it is one.
+    """
 
     tick: Fraction
     stamps: Iterator[int]
     last: int
+    rate: Fraction | None = None
 
 
 def sound(source: Path, output: Path) -> tuple[bool, list[str]]:
@@ -73,7 +77,9 @@ def join(
         target: Any = stack.enter_context(av.open(str(temporary), "w", options=options))
         target.metadata["comment"] = comment
         first: Any = stack.enter_context(open_video(parts[0])).streams.video[0]
-        pictures = target.add_stream_from_template(first)
+        pictures = target.add_stream_from_template(first, opaque=True)
+        if clock.rate:
+            pictures.codec_context.framerate = clock.rate
         flows = [_pictures(parts, pictures, clock, _settings(first))]
         if heard:
             flows.append(_sounds(stack.enter_context(open_video(heard)), target, since))
@@ -115,7 +121,7 @@ def _sounds(source: Any, target: Any, since: Fraction) -> Iterator[tuple[Fractio
     """The packets of all sound, moved so that `since` is 0, and their times; the tracks join `target` at once."""
     tracks = {}
     for stream in source.streams.audio:
-        tracks[stream.index] = target.add_stream_from_template(stream)
+        tracks[stream.index] = target.add_stream_from_template(stream, opaque=True)
         tracks[stream.index].metadata.update({k: v for k, v in stream.metadata.items() if k == "language"})
 
     def packets() -> Iterator[tuple[Fraction, Any]]:

@@ -110,7 +110,7 @@ def prepare(verb: str, card: Family, given: dict[str, Any], config: Path | None,
     job = Job(verb, card, found, options, origins, out, record.Run(verb, card.name, {}, {}))
     if not dry:
         _fetch(job)
-    job.options.checkpoint = job.found.reference
+    job.options.checkpoint = job.found.reference or None
     job.run.options = record.plain(job.options)
     return job
 
