@@ -259,7 +259,7 @@ class InterpolateOptions(RunOptions):
     factor: int | None = opt(None, help="Frames for each one of the clip; 4 when --fps is absent.", low=2)
     fps: Fraction | None = opt(None, help="Or a frame rate to reach, such as 60 or 60000/1001.", low=0.01)
     batch_size: int = opt(1, help="Pairs of frames in one call of the network.", low=1, panel="Machine")
-    audio: bool = opt(True, help="Copy the sound of the clip, where the output can hold it.", panel="Output")
+    audio: bool = opt(True, help="Leave the sound out, which is copied else.", panel="Output")
     measure: bool = opt(False, help="Also leave every second frame out, make it again, and compare.", panel="Output")
     contact_sheet: bool = opt(False, help="Also write a PNG of some new frames between given ones.", panel="Output")
     seed: int | None = opt(0, help="Seed of every random draw.", low=0)

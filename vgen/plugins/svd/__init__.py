@@ -183,7 +183,7 @@ def check(options: Any, checkpoint: Checkpoint) -> None:
     elif isinstance(options, Interpolate) and not checkpoint.facts.get("interpolates"):
         raise UsageError(
             "This checkpoint has no network for frames between frames; the released ones do not.",
-            "Train one: vgen finetune svd --part interpolate. Or take another family: vgen interpolate flow",
+            "Train one: vgen finetune svd --part interpolate. Or take another family: vgen interpolate classic",
         )
 
 
@@ -312,6 +312,9 @@ family = Family(
             "vgen train-lora svd --camera pan-left --data clips/ -o pan-left/",
             "vgen train-lora svd --data latents/ --max-train-steps 1000 -o moves/",
         ),
-        "interpolate": ("vgen interpolate svd clip.mp4 --factor 4 -o smooth.mp4",),
+        "interpolate": (
+            "vgen interpolate svd clip.mp4 --factor 4 -o smooth.mp4",
+            "vgen interpolate svd clip.mp4 --fps 60000/1001 --measure -o smooth.mp4",
+        ),
     },
 )
