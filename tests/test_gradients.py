@@ -16,6 +16,8 @@ from vgen import diffusion, train
 from vgen.dataset import hold_out
 from vgen.errors import UsageError, VgenError
 from vgen.finetune import batches
+from vgen.optimizers import optimizers
+from vgen.options import FinetuneOptions
 from vgen.plugins.cogvideox import family
 
 
@@ -44,6 +46,24 @@ def test_paged_optimizers_need_an_accelerator(folder: Path, store: str, tmp_path
     with pytest.raises(UsageError, match="pages its state"):
         run(folder, tmp_path / "out", data=[store], optimizer=optimizer)
     assert not (tmp_path / "out").exists()
+
+
+def test_muon_takes_the_kernels_of_a_convolution_as_rows_of_a_matrix() -> None:
+    torch.manual_seed(0)
+    kernels = nn.Parameter(torch.randn(4, 3, 3, 3))
+    rows = nn.Parameter(kernels.detach().flatten(1).clone())
+    options = FinetuneOptions(optimizer="muon", learning_rate=0.1, adam_weight_decay=0.1)
+    (ours,) = optimizers({"conv": kernels}, options, torch.device("cpu"))
+    told = {"lr": 0.1, "weight_decay": 0.1, "adjust_lr_fn": "match_rms_adamw"}
+    theirs = torch.optim.Muon([rows], **told)
+    for _ in range(3):
+        grad = torch.randn_like(kernels)
+        kernels.grad, rows.grad = grad, grad.flatten(1)
+        ours.step()
+        theirs.step()
+        assert kernels.shape == kernels.grad.shape == (4, 3, 3, 3)
+        assert torch.equal(kernels.flatten(1), rows)
+    assert not torch.equal(kernels.grad, torch.zeros_like(kernels))
 
 
 # Gradients

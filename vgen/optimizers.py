@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -43,7 +44,8 @@ def optimizers(trained: Mapping[str, nn.Parameter], options: Any, device: torch.
     """The optimizers of a run, which between them update every parameter once.
 
     "muon" orthogonalizes the updates of the matrices (Jordan et al. 2024), scaled to the size of AdamW's so that
-    one learning rate serves both (Liu et al. 2025, arXiv:2502.16982); embeddings and vectors stay with AdamW.
+    one learning rate serves both (Liu et al. 2025, arXiv:2502.16982). A convolution's kernels are the rows of a
+    matrix; embeddings and vectors stay with AdamW.
     The 8-bit ones keep both moments in blocks of 256 bytes with a scale each (Dettmers et al. 2022, arXiv:2110.02861),
     those of tensors below 4096 numbers in fp32.
     """
@@ -54,20 +56,48 @@ def optimizers(trained: Mapping[str, nn.Parameter], options: Any, device: torch.
         return [kind(list(trained.values()), **_settings(options))]
     if options.optimizer == "adamw":
         return [_adamw(list(trained.values()), options, device)]
-    matrices = [p for n, p in trained.items() if p.ndim == 2 and "embed_tokens" not in n and "shared" not in n]
+    matrices = [p for n, p in trained.items() if p.ndim > 1 and "embed_tokens" not in n and "shared" not in n]
     chosen = {id(p) for p in matrices}
     rest = [p for p in trained.values() if id(p) not in chosen]
     made: list[torch.optim.Optimizer] = []
     if matrices:
-        made.append(
-            torch.optim.Muon(
-                matrices,
-                lr=options.learning_rate,
-                weight_decay=options.adam_weight_decay,
-                adjust_lr_fn="match_rms_adamw",
-            )
-        )
+        told = {"lr": options.learning_rate, "weight_decay": options.adam_weight_decay}
+        made.append(_muon(matrices, adjust_lr_fn="match_rms_adamw", **told))
     return [*made, _adamw(rest, options, device)] if rest else made
+
+
+def _muon(weights: list[nn.Parameter], **told: Any) -> torch.optim.Optimizer:
+    """torch's Muon, which takes matrices alone, for weights of which some are kernels of convolutions."""
+
+    class Muon(torch.optim.Muon):
+        def __init__(self) -> None:
+            with _as_matrices(weights):
+                super().__init__(weights, **told)
+
+        def step(self, closure: Any = None) -> Any:
+            with _as_matrices(weights):
+                return super().step(closure)
+
+    return Muon()
+
+
+@contextmanager
+def _as_matrices(weights: list[nn.Parameter]) -> Iterator[None]:
+    """Weights and their gradients, in the same memory, as matrices with a row for each output."""
+    shapes = [w.shape for w in weights]
+    for w in weights:
+        _shape(w, (len(w), -1))
+    try:
+        yield
+    finally:
+        for w, shape in zip(weights, shapes, strict=True):
+            _shape(w, shape)
+
+
+def _shape(w: nn.Parameter, shape: Sequence[int]) -> None:
+    grad, w.grad = w.grad, None
+    w.data = w.data.view(*shape)
+    w.grad = None if grad is None else grad.contiguous().view(*shape)
 
 
 def _settings(options: Any) -> dict[str, Any]:

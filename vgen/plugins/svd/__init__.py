@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from vgen.errors import UsageError
+from vgen.errors import UsageError, VgenError
 from vgen.family import Checkpoint, Family, PartCard, Rule, described, installed, read_config
 from vgen.family import family as family_of
 from vgen.options import (
@@ -45,7 +45,7 @@ class Sample(SampleOptions):
     guidance_scale: ClassVar[None] = None  # type: ignore[misc]
     vae_slicing: ClassVar[bool] = False  # type: ignore[misc]
     vae_tiling: ClassVar[bool] = False  # type: ignore[misc]
-    image: Path | None = arg(None, help="Picture that the clip starts from.", metavar="IMAGE")
+    image: Path | None = arg(None, help="Picture that the clip starts from; of a video, its first frame.", metavar="IMAGE")
     prompt: str = opt("", help="Have the picture made from this text first; a text checkpoint takes it as it is.")
     image_checkpoint: str = opt(
         "sd", help="What makes that picture: a family of images, or one of its checkpoints.", metavar="FAMILY[.TAG]"
@@ -116,7 +116,8 @@ def _native(frames: int, height: int, width: int, steps: int, guidance: tuple[fl
     """What a checkpoint was made for; `more` replaces some of it."""
     defaults = {"num_frames": frames, "height": height, "width": width, "fps": 7.0, "num_inference_steps": steps}
     guided = {"min_guidance_scale": guidance[0], "max_guidance_scale": guidance[1], "guidance_profile": "linear"}
-    side = Rule(more.pop("stride", 8), low=more.pop("low", 64))
+    step = more.pop("step", 64)  # the U-Net halves latents three times, of an eighth of the picture
+    side = Rule(step, low=step)
     return {
         "modes": ("image",),
         "defaults": {**defaults, **guided, "window": frames, "conditioning_fps": 28.0, **more},
@@ -124,7 +125,7 @@ def _native(frames: int, height: int, width: int, steps: int, guidance: tuple[fl
     }
 
 
-LICENSE = "stable-video-diffusion-community"
+LICENSE = "other (Stable Video Diffusion community)"
 FACTS = {"vectors": 3, "text": False, "interpolates": False, "channels": (8, 4)}
 CHECKPOINTS = (
     Checkpoint(
@@ -157,11 +158,14 @@ CHECKPOINTS = (
 def describe(folder: Path) -> Checkpoint:
     """What a folder in diffusers' layout was made for, read from its configurations. Raises VgenError."""
     unet, vae = read_config(folder, "unet/config.json", KIND), read_config(folder, "vae/config.json", KIND)
+    if "num_frames" not in unet:
+        made = unet.get("_class_name", "network of another kind")
+        raise VgenError(f"{folder} is not a {KIND} checkpoint: its U-Net is a {made}.", "See: vgen checkpoints list svd")
     stride = 2 ** (len(vae["block_out_channels"]) - 1)
     frames, size = int(unet["num_frames"]), int(unet.get("sample_size") or 32) * stride
     guidance = (1.0, 2.5) if frames <= 14 else (1.5, 3.0)
-    low = stride * 2 ** (len(unet["block_out_channels"]) - 1)
-    native = _native(frames, size, size, 25 if frames <= 14 else 30, guidance, stride=stride, low=low)
+    step = stride * 2 ** (len(unet["block_out_channels"]) - 1)
+    native = _native(frames, size, size, 25 if frames <= 14 else 30, guidance, step=step)
     text = int(unet["in_channels"]) == int(vae["latent_channels"])
     told = described(folder, **{**native, "modes": ("text",) if text else ("image",)})
     vectors = int(unet["projection_class_embeddings_input_dim"]) // int(unet["addition_time_embed_dim"])

@@ -5,6 +5,7 @@ Random numbers are drawn in the order and layout of diffusers' pipeline, so that
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,7 @@ from vgen.plugins.svd.unet import without
 if TYPE_CHECKING:
     from vgen.plugins.svd.model import StableVideoDiffusion
 
+MUCH = 0.25  # of a picture: more than that cut away is told
 SAMPLERS = {"euler": samplers.euler, "heun": samplers.heun}
 
 
@@ -100,6 +102,21 @@ def _given(model: StableVideoDiffusion, options: Any) -> Tensor:
         card, found = image_checkpoint(options.image_checkpoint)
         one = picture(card, found, options.prompt, options.seed, (options.height, options.width), model.machine)
     return one[None].expand(options.num_videos_per_prompt, -1, -1, -1)
+
+
+def cut_away(path: Path, options: Any, step: int) -> list[str]:
+    """A line where much of a picture is outside the frame, with a size of about as many pixels, in steps, that fits it.
+
+    Raises BadClip for a picture that cannot be read.
+    """
+    area = options.height * options.width
+    rows, columns = clips.load_file(path, 1, options.height, options.width)[1]["resize_hw"]
+    cut = 1 - area / (rows * columns)
+    if cut <= MUCH:
+        return []
+    height, width = (max(step, round(math.sqrt(area * a / b) / step) * step) for a, b in ((rows, columns), (columns, rows)))
+    fits = f"--height {height} --width {width} cuts less"
+    return [f"{cut:.0%} of {path} is outside the frame of {options.height}x{options.width} and is cut away; {fits}."]
 
 
 def _read(path: Path, options: Any) -> Tensor:

@@ -89,8 +89,11 @@ class StableVideoDiffusion:
         return self.texts.embed(texts)
 
     def notes(self, options: Any) -> list[str]:
-        """What a user should hear before the clip is made."""
-        return self.texts.notes(f"{options.prompt} {options.temporal_prompt}") if self.takes_text else []
+        """What a user should hear before the clip is made. Raises BadClip for a picture that cannot be read."""
+        if self.takes_text:
+            return self.texts.notes(f"{options.prompt} {options.temporal_prompt}")
+        pictures_ = filter(None, (options.image, options.temporal_image))
+        return [note for path in pictures_ for note in draw.cut_away(path, options, self.multiple)]
 
     def ready_to_encode(self) -> None:
         """Load the autoencoder and the image encoder."""
