@@ -18,7 +18,7 @@ from shell import Done, run, vgen
 from typer.main import get_command
 
 from vgen import adapter_file, latents, record, world
-from vgen.cli import VERBS
+from vgen.cli import VERBS, build
 from vgen.commands import exchange
 from vgen.commands.surface import sections
 from vgen.errors import UsageError, VgenError
@@ -33,10 +33,17 @@ ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 RECIPES = sorted((ROOT / "vgen" / "plugins").glob("*/*.toml"))
 BLOCK = re.compile(r"^(<!-- [^\n]+ -->\n)?```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-NOUNS = ("families", "checkpoints", "doctor")
+NOUNS = ("families", "checkpoints", "curate", "doctor")
 EXCHANGE = get_command(exchange.app).commands.values()  # type: ignore[attr-defined]
+CURATE = get_command(build("curate", completion=False)).commands["curate"]  # type: ignore[attr-defined]
 NOUN_FLAGS = {"--version", "--yes", "--install-completion", "--show-completion"}
-NOUN_FLAGS |= {flag for command in EXCHANGE for p in command.params for flag in p.opts if flag.startswith("--")}
+NOUN_FLAGS |= {
+    flag
+    for command in (*EXCHANGE, CURATE)
+    for p in command.params
+    for flag in (*p.opts, *p.secondary_opts)
+    if flag.startswith("--")
+}
 SPACE = Space("pixels", 3, (1, 1, 1))
 
 

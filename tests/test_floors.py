@@ -13,8 +13,8 @@ from vgen.family import installed
 ROOT = Path(vgen.__file__).parent
 README = ROOT.parent / "README.md"
 WORDS = ("errors", "options", "family")
-ACTS = ("camera_check", "camera_data", "encode", "finetune", "generate", "interpolate", "leave_out", "lora")
-ACTS += ("train", "validation")
+ACTS = ("camera_check", "camera_data", "curate", "encode", "finetune", "generate", "interpolate", "leave_out", "lora")
+ACTS += ("picture", "train", "validation")
 FLOORS = {**dict.fromkeys(WORDS, 0), **dict.fromkeys(ACTS, 2), "plugins": 3, "commands": 4, "cli": 4}  # else 1
 TRAINING = {
     "camera_check": {"generate", "lora"},
@@ -23,6 +23,7 @@ TRAINING = {
     "interpolate": {"generate"},
     "leave_out": {"interpolate"},
     "lora": {"finetune"},
+    "picture": {"generate"},
     "validation": {"generate"},
 }  # within floor 2
 

@@ -35,7 +35,7 @@ except SystemExit as end:
 """
 VERBS = ("sample", "encode", "decode", "finetune", "train-lora", "interpolate", "upscale")
 REGISTRY = ("list", "show", "verify", "remove", "search", "pull", "push", "export", "import")
-NOUNS = ("families", "doctor", "checkpoints", *(f"checkpoints {name}" for name in REGISTRY))
+NOUNS = ("families", "doctor", "curate", "checkpoints", *(f"checkpoints {name}" for name in REGISTRY))
 PAGES = [
     "--help",
     "-h",

@@ -30,6 +30,7 @@ VERBS = {
 NOUNS = {
     "families": "List the installed families, their verbs and checkpoints.",
     "checkpoints": "The registry: checkpoints here and on the Hub.",
+    "curate": "Videos to a manifest of clips: cut, scored, captioned, kept or dropped with reasons.",
     "doctor": "Show what is installed, which accelerator and codecs there are, cache sizes, and what to do.",
 }
 
@@ -78,9 +79,9 @@ def _add(app: typer.Typer, name: str, about: str) -> None:
             group.registered_commands += part.registered_commands
         app.add_typer(group, name=name, help=about)
         return
-    from vgen.commands import doctor, families
+    from vgen.commands import curate, doctor, families
 
-    module = {"families": families, "doctor": doctor}[name]
+    module = {"families": families, "doctor": doctor, "curate": curate}[name]
     app.command(name, cls=noun(*module.EXAMPLES), help=about)(module.run)
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
-from functools import partial
 from itertools import pairwise
 from statistics import median
 from typing import Any, NamedTuple
@@ -97,16 +96,20 @@ class _Watch:
             self.hits.append(len(self.scores) - 1)
 
     def spans(self, reach: int, around: int) -> list[_Span]:
-        """What was found, each hit drawn out while neighbours change at least half as much, for at most `reach` frames.
+        """What was found, each hit drawn out, for at most `reach` frames, while as much changes as half the threshold.
 
         Hits of all detectors but the first have to stand out from the `around` frames to either side.
         """
         found = []
-        for hit in self.hits if self.number == 1 else filter(partial(self._outstanding, around), self.hits):
+        for hit in self.hits:
+            usual = self._around(hit, max(2, around // self.stride))
+            if self.number > 1 and self.scores[hit] < OUTSTANDING * usual:
+                continue
+            least = max(self.level.threshold / 2, OUTSTANDING * usual)
             first = last = hit
-            while first > 1 and (hit - first) * self.stride < reach and self._half(first - 1):
+            while first > 1 and (hit - first) * self.stride < reach and self.scores[first - 1] >= least:
                 first -= 1
-            while last + 1 < len(self.scores) and (last - hit) * self.stride < reach and self._half(last + 1):
+            while last + 1 < len(self.scores) and (last - hit) * self.stride < reach and self.scores[last + 1] >= least:
                 last += 1
             hard = self.stride == 1 and first == last
             if self.number > 1 and _change(self.thumbs[first - 1], self.thumbs[last]) < DIFFERENT:
@@ -114,13 +117,10 @@ class _Watch:
             found.append(_Span((first - 1) * self.stride + 1, last * self.stride, self.number, hard))
         return found
 
-    def _outstanding(self, around: int, hit: int) -> bool:
-        reach = max(2, around // self.stride)
+    def _around(self, hit: int, reach: int) -> float:
+        """The median score of the neighbours of a hit."""
         others = self.scores[max(1, hit - reach) : hit] + self.scores[hit + 1 : hit + 1 + reach]
-        return not others or self.scores[hit] >= OUTSTANDING * median(others)
-
-    def _half(self, place: int) -> bool:
-        return self.scores[place] >= self.level.threshold / 2
+        return median(others) if others else 0.0
 
 
 def _change(a: Any, b: Any) -> float:
