@@ -5,10 +5,12 @@ Paper: arXiv:2311.15127. This file is the card: options, checkpoints and rules. 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+from vgen.cache import read_json
 from vgen.errors import UsageError, VgenError
 from vgen.family import Checkpoint, Family, PartCard, Rule, described, installed, read_config
 from vgen.family import family as family_of
@@ -45,7 +47,9 @@ class Sample(SampleOptions):
     guidance_scale: ClassVar[None] = None  # type: ignore[misc]
     vae_slicing: ClassVar[bool] = False  # type: ignore[misc]
     vae_tiling: ClassVar[bool] = False  # type: ignore[misc]
-    image: Path | None = arg(None, help="Picture that the clip starts from; of a video, its first frame.", metavar="IMAGE")
+    image: Path | None = arg(
+        None, help="Picture that the clip starts from; of a video, its first frame.", metavar="IMAGE"
+    )
     prompt: str = opt("", help="Have the picture made from this text first; a text checkpoint takes it as it is.")
     image_checkpoint: str = opt(
         "sd", help="What makes that picture: a family of images, or one of its checkpoints.", metavar="FAMILY[.TAG]"
@@ -160,12 +164,16 @@ def describe(folder: Path) -> Checkpoint:
     unet, vae = read_config(folder, "unet/config.json", KIND), read_config(folder, "vae/config.json", KIND)
     if "num_frames" not in unet:
         made = unet.get("_class_name", "network of another kind")
-        raise VgenError(f"{folder} is not a {KIND} checkpoint: its U-Net is a {made}.", "See: vgen checkpoints list svd")
+        raise VgenError(
+            f"{folder} is not a {KIND} checkpoint: its U-Net is a {made}.", "See: vgen checkpoints list svd"
+        )
     stride = 2 ** (len(vae["block_out_channels"]) - 1)
     frames, size = int(unet["num_frames"]), int(unet.get("sample_size") or 32) * stride
     guidance = (1.0, 2.5) if frames <= 14 else (1.5, 3.0)
     step = stride * 2 ** (len(unet["block_out_channels"]) - 1)
-    native = _native(frames, size, size, 25 if frames <= 14 else 30, guidance, step=step)
+    height, width = (576, 1024) if size == 768 else (size, size)  # the released configurations tell a square
+    native = _native(frames, height, width, 25 if frames <= 14 else 30, guidance, step=step)
+    native["defaults"] = _released(folder) or native["defaults"]
     text = int(unet["in_channels"]) == int(vae["latent_channels"])
     told = described(folder, **{**native, "modes": ("text",) if text else ("image",)})
     vectors = int(unet["projection_class_embeddings_input_dim"]) // int(unet["addition_time_embed_dim"])
@@ -176,6 +184,13 @@ def describe(folder: Path) -> Checkpoint:
         "channels": (int(unet["in_channels"]), int(vae["latent_channels"])),
     }
     return Checkpoint(**{**vars(told), "facts": facts})
+
+
+def _released(folder: Path) -> Mapping[str, Any]:
+    """The defaults of the released checkpoint that the one in a folder was made of; nothing for others."""
+    told = read_json(folder / "vgen.json").get("base")
+    repo = str(told.get("reference", "")).partition("@")[0] if isinstance(told, dict) else ""
+    return next((c.defaults for c in CHECKPOINTS if c.repo == repo), {})
 
 
 def check(options: Any, checkpoint: Checkpoint) -> None:

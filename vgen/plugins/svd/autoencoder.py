@@ -7,11 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vgen import framewise
+
 
 def encode(vae: Any, pixels: Tensor) -> dict[str, Tensor]:
     """Pixels (B, 3, T, H, W) in [-1, 1] to the posterior's mean and logvar (B, C, T, H', W'), unscaled."""
-    posterior = vae.encode(_images(pixels).to(vae.dtype)).latent_dist
-    return {"mean": _clips(posterior.mean, pixels), "logvar": _clips(posterior.logvar, pixels)}
+    return framewise.encode(vae, pixels)
 
 
 def mode(vae: Any, pictures: Tensor) -> Tensor:
@@ -30,14 +31,5 @@ def decode(vae: Any, latents: Tensor, chunk: int | None = None) -> Tensor:
 
 
 def _decoded(vae: Any, latents: Tensor) -> Tensor:
-    return _clips(vae.decode(_images(latents).to(vae.dtype), num_frames=latents.shape[2]).sample, latents)
-
-
-def _images(clips: Tensor) -> Tensor:
-    """(B, C, T, H, W) to (B * T, C, H, W)."""
-    return clips.transpose(1, 2).flatten(0, 1)
-
-
-def _clips(images: Tensor, like: Tensor) -> Tensor:
-    """(B * T, C, H, W) to (B, C, T, H, W), with B and T those of `like`."""
-    return images.unflatten(0, (len(like), like.shape[2])).transpose(1, 2)
+    frames = framewise.images(latents).to(vae.dtype)
+    return framewise.clips(vae.decode(frames, num_frames=latents.shape[2]).sample, latents)

@@ -114,7 +114,9 @@ def cut_away(path: Path, options: Any, step: int) -> list[str]:
     cut = 1 - area / (rows * columns)
     if cut <= MUCH:
         return []
-    height, width = (max(step, round(math.sqrt(area * a / b) / step) * step) for a, b in ((rows, columns), (columns, rows)))
+    height, width = (
+        max(step, round(math.sqrt(area * a / b) / step) * step) for a, b in ((rows, columns), (columns, rows))
+    )
     fits = f"--height {height} --width {width} cuts less"
     return [f"{cut:.0%} of {path} is outside the frame of {options.height}x{options.width} and is cut away; {fits}."]
 
