@@ -453,3 +453,29 @@ def test_an_adapter_from_the_command_line_and_from_the_hub(folder: Path, store: 
     assert re.fullmatch(r"me/look@[0-9a-f]{40}:0.5", spec)
     assert offline.out == f"{spec}\n", offline.err
     assert record["record"]["adapters"] == {spec: hash_file(tmp_path / "look" / WEIGHTS)}
+
+
+def test_under_autocast_inputs_are_shared_and_no_bit_changes(folder: Path) -> None:
+    def step(net: Any, weights: nn.Module) -> tuple[int, list[Tensor]]:
+        """Bytes that are kept for the backward pass, and the gradients."""
+        g, kept = torch.Generator().manual_seed(0), dict[int, int]()
+
+        def keep(tensor: Tensor) -> Tensor:
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        x, text = (torch.randn(shape, generator=g).bfloat16() for shape in ((1, 3, 4, 8, 8), (1, 8, 16)))
+        same = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
+        with torch.autocast("cpu", torch.bfloat16), same:
+            loss = net(x, text, torch.tensor([500]), return_dict=False)[0].float().square().mean()
+        return sum(kept.values()), list(torch.autograd.grad(loss, list(weights.parameters())))
+
+    net, weights = adapted(folder)
+    for name, p in net.named_parameters():
+        if ".lora_" not in name:
+            p.data = p.data.bfloat16()
+    before, plain = step(net, weights)
+    adapters.share_inputs(net)
+    after, shared = step(net, weights)
+    assert after < before
+    assert all(map(torch.equal, plain, shared))

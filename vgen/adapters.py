@@ -63,6 +63,15 @@ def add(network: nn.Module, names: list[str], *, rank: int, alpha: float, dropou
     return weights
 
 
+def share_inputs(network: nn.Module) -> None:
+    """Have adapted layers take their inputs as they are, for runs under autocast, which casts them as it needs them.
+
+    peft would first cast the input of each layer to fp32; then autocast makes, and training keeps, a copy for each.
+    """
+    for _, layer in _adapted(network):
+        layer.cast_input_dtype_enabled = False
+
+
 def attach(network: nn.Module, adapter: Adapter, scale: float, name: str, dtype: torch.dtype) -> None:
     """Put a loaded adapter on a network, frozen, `scale` times its strength. Raises VgenError where it does not fit."""
     shapes = {n: _shapes(layer) for n, layer in layers(network).items()}

@@ -66,6 +66,8 @@ def adapted(card: Family, model: Model, base: Path, options: Any) -> tuple[Part,
     under = [locate(spec) for spec in options.lora]
     put_on(network, under, card, base, name)
     weights = adapters.add(network, layers, rank=rank, alpha=alpha, dropout=options.lora_dropout, seed=options.seed)
+    if options.mixed_precision != "no":
+        adapters.share_inputs(network)
     if start:
         adapters.put(weights, start.pairs, alpha / rank)
     part.modules = {name: weights}
