@@ -343,7 +343,7 @@ def test_text_checkpoints_take_text_for_space_and_for_time(texts):
         ({"image": "x.png", "min_guidance_scale": 4.0}, "above"),
         ({"image": "x.png", "temporal_prompt": "left"}, "take text"),
         ({"image": "x.png", "num_frames": 9, "window_overlap": 4}, "leaves nothing new"),
-        ({"image": "x.png", "height": 33}, "multiple of 4"),
+        ({"image": "x.png", "height": 36}, "multiple of 8"),
         ({"prompt": "a ball", "image_checkpoint": "nobody"}, "no family 'nobody'"),
         ({"prompt": "a ball", "image_checkpoint": "svd"}, "makes no pictures"),
         ({"prompt": "a ball", "image_checkpoint": "sd.9"}, "no checkpoint"),

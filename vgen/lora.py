@@ -116,23 +116,32 @@ def load(source: Source, card: Family, base: Path, part: str, network: nn.Module
 
     Raises UsageError for an adapter that was trained on another family, part or base.
     """
+    of = fits(source, card, base, part)
+    adapter = adapter_file.read(source.path, part, adapters.layers(network), _comfy(card))
+    notes = [] if of else [f"{source.reference} does not tell which weights it was trained on; its layers fit."]
+    if adapter.of_text:
+        notes.append(f"{source.reference} also changes the text encoder ({len(adapter.of_text)} weights): not used.")
+    return adapter, notes
+
+
+def fits(source: Source, card: Family, base: Path, part: str) -> dict[str, Any]:
+    """What an adapter tells of the weights that it was trained on; nothing where it tells none.
+
+    Raises UsageError for one that was trained on another family, part or base.
+    """
     told = adapter_file.about(source.path)
     if told and (told.get("family"), told.get("part")) != (card.name, part):
         raise UsageError(
             f"{source.reference} is an adapter of '{told.get('family')}' ({told.get('part')}), not of '{card.name}'.",
             f"Run it with: vgen sample {told.get('family')} ... --lora {source.reference}",
         )
-    of = told.get("base", {})
+    of: dict[str, Any] = told.get("base", {})
     if of and of.get("hash") != file_hash(base / part):
         raise UsageError(
             f"{source.reference} is an adapter of {of.get('reference')}, whose weights are not those of {base.name}.",
             f"Run it on its base: --checkpoint {of.get('reference')}",
         )
-    adapter = adapter_file.read(source.path, part, adapters.layers(network), _comfy(card))
-    notes = [] if of else [f"{source.reference} does not tell which weights it was trained on; its layers fit."]
-    if adapter.of_text:
-        notes.append(f"{source.reference} also changes the text encoder ({len(adapter.of_text)} weights): not used.")
-    return adapter, notes
+    return of
 
 
 def use(card: Family, model: Model, base: Path, loras: Iterable[Source]) -> list[str]:
@@ -141,7 +150,10 @@ def use(card: Family, model: Model, base: Path, loras: Iterable[Source]) -> list
     One of scale 0 is checked, and left out: the result then has the same bits as without it.
     """
     (name,) = model.base
-    return put_on(_networks(card, model).get(name), list(loras), card, base, name)
+    sources = list(loras)
+    for source in sources:  # before the network loads
+        fits(source, card, base, name)
+    return put_on(_networks(card, model).get(name), sources, card, base, name)
 
 
 def put_on(network: nn.Module, sources: Sequence[Source], card: Family, base: Path, part: str) -> list[str]:
