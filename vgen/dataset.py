@@ -32,7 +32,7 @@ KEPT = 1 << 29  # a data set of at most so many numbers (2 GiB in fp32) stays in
 
 @dataclass(frozen=True)
 class Clip:
-    """A clip of a store, and the shape (C, T, H, W) of its latents."""
+    """A clip of a store, and the shape (C, T, H, W) of its latents; without these, the most of its streams in each."""
 
     store: Store
     key: str
@@ -222,6 +222,8 @@ def latent_batches(
 ) -> Data:
     """Batches of scaled latents from stores, with 'captions', 'text' (B, L, D) where `texts`, and every other stream.
 
+    A family that stores no 'latents' scales the streams of its parts by itself: all but latents come as stored.
+
     `arrange` says which clips go together. Those of one shape are (B, C, T, H, W), of several a list of
     (1, C, T, H, W). The draw from the posterior, the choice among captions and their dropout (the empty text, whose
     embedding every store holds) depend on (seed, step) alone. The share `held` of the clips is not trained on, and
@@ -239,7 +241,8 @@ def latent_batches(
             streams, record = read(clip.store, clip.key)
             shares = record.get("facts", {}).get("caption_probs", ())
             caption = choose(record.get("captions", ()), dropout, generator, shares)
-            made["latents"].append(scale(space, sample_posterior(streams, generator).float()))
+            if streams.keys() & POSTERIOR:
+                made["latents"].append(scale(space, sample_posterior(streams, generator).float()))
             made["captions"].append(caption)
             made["keys"].append(record.get("source", {}).get("uri", clip.key))
             if texts:
@@ -258,6 +261,12 @@ def latent_batches(
     )
 
 
+def _shape(streams: Mapping[str, Shape]) -> Shape:
+    """What the clips of a batch have in common: the shape of latents, or the most of all streams along each axis."""
+    latents = [streams[name] for name in sorted(POSTERIOR) if name in streams]
+    return latents[0] if latents else tuple(map(max, zip(*(s for s in streams.values() if len(s) == 4), strict=True)))
+
+
 def _survey(stores: Sequence[Store], captioned: bool) -> tuple[dict[Hashable, list[Clip]], list[Any], int]:
     """The clips of stores by shape, what tells them and their captions apart from any others, and their numbers."""
     groups: dict[Hashable, list[Clip]] = {}
@@ -266,7 +275,7 @@ def _survey(stores: Sequence[Store], captioned: bool) -> tuple[dict[Hashable, li
         for record in store.records():
             tensors, captions = record["tensors"], list(record.get("captions", ()))
             numbers += sum(math.prod(tensor["shape"]) for tensor in tensors.values())
-            shape = next(tuple(tensors[name]["shape"]) for name in sorted(POSTERIOR) if name in tensors)
+            shape = _shape({name: tuple(tensor["shape"]) for name, tensor in tensors.items()})
             groups.setdefault(shape, []).append(Clip(store, record["key"], shape))
             told.append([record["key"], sorted(tensor["sha256"] for tensor in tensors.values()), captions])
             bare += [] if captions else [str(record.get("source", {}).get("uri", record["key"]))]

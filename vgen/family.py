@@ -92,7 +92,8 @@ def _nothing(options: Any, checkpoint: Checkpoint) -> None:
 class Family:
     """The card of a family. `load` is "module:function", called as load(folder, checkpoint, machine) -> Model.
 
-    `lora_targets` are the layers that train-lora adapts when none are named. `comfy_names` are pairs (pattern, word)
+    `starts_from` names families whose checkpoints and adapters this one takes too. `lora_targets` are the layers that
+    train-lora adapts when none are named. `comfy_names` are pairs (pattern, word)
     that turn a layer's name into ComfyUI's own; None where ComfyUI takes the names of diffusers.
     """
 
@@ -105,6 +106,7 @@ class Family:
     parts: tuple[PartCard, ...] = ()
     demo: Path | None = None
     default: str = ""
+    starts_from: tuple[str, ...] = ()
     lora_targets: tuple[str, ...] = ()
     comfy_names: tuple[tuple[str, str], ...] | None = None
     check: Callable[[Any, Checkpoint], None] = _nothing

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vgen.latents import unscale
+from vgen.latents import Space, unscale
 from vgen.model import Chain, Denoiser, Draw, Model, OnStep
 from vgen.samplers import guided, windowed
 
@@ -39,26 +39,40 @@ def draw(part: Denoiser, asked: Draw, on_step: OnStep) -> Tensor:
 
 @torch.inference_mode()
 def generate(model: Model, options: Any, on_step: OnStep) -> dict[str, Tensor]:
-    """The streams of the clips that `options` ask for, unscaled, on the CPU: one (B, C, T, H, W) for each base part."""
+    """The streams of the clips that `options` ask for, unscaled, on the CPU: (B, C, T, H, W), of each base part."""
     chain = getattr(model, "chain", None)
     windows = chain(options) if chain else Chain(1, 0, 0, 0)
     streams: dict[str, Tensor] = {}
     for k in range(windows.count):
         told = partial(_window, on_step, k, windows.count)
-        made = _pass(model, options, {"before": next(iter(streams.values()))} if streams else {}, told)
+        made = _pass(model, options, _before(streams), told)
         streams = {name: joined(streams[name], s, windows.overlap) for name, s in made.items()} if streams else made
     return {name: s[:, :, : windows.frames or None] for name, s in streams.items()}
 
 
 def _pass(model: Model, options: Any, given: Mapping[str, Tensor], on_step: OnStep) -> dict[str, Tensor]:
-    """The streams of one window: every base part, in order."""
-    streams: dict[str, Tensor] = {}
-    for name in model.base:
+    """The streams of one window: those that the user gives, and of every base part that runs, in order."""
+    start = getattr(model, "start", None)
+    streams, names = start(options) if start else ({}, model.base)
+    for name in names:
         asked = model.draw(name, options, {**given, **streams})
         part = model.denoiser(name, options)
         with model.machine.holding(*part.modules.values()):
-            streams[part.stream] = unscale(model.space, draw(part, asked, on_step)).cpu()
-    return streams
+            streams |= streams_of(part, model.space, draw(part, asked, on_step))
+    return dict(streams)
+
+
+def streams_of(part: Denoiser, space: Space, made: Tensor) -> dict[str, Tensor]:
+    """What a denoiser has made, as streams, unscaled, on the CPU: one of its name, or what it takes it apart to."""
+    apart = getattr(part, "apart", None)
+    streams = apart(made) if apart else {part.stream: unscale(space, made)}
+    return {name: stream.cpu() for name, stream in streams.items()}
+
+
+def _before(streams: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The windows so far as the next one is given them: the first stream as 'before', all as 'before_' and the name."""
+    every = {f"before_{name}": stream for name, stream in streams.items()}
+    return {"before": next(iter(streams.values())), **every} if streams else {}
 
 
 def _window(on_step: OnStep, k: int, count: int, name: str, i: int, n: int) -> None:

@@ -73,7 +73,7 @@ class Part(Protocol):
 
 
 class Denoiser(Part, Protocol):
-    """A part that diffuses."""
+    """A part that diffuses. One that makes several streams at once has `apart(made)` -> them by name, unscaled."""
 
     process: Process
     output: Kind  # what predict means
@@ -111,7 +111,9 @@ class Model(Protocol):
     latents that the next window goes on from. One that stores more of a clip than `encode` makes has
     `beside(pixels, record)` -> streams of one clip (3, T, H, W). One with figures to tell of a finished clip has
     `measure(options, frames)`, frames (T, H, W, 3) of 8 bits.
-    One that takes adapters has its networks in `networks` (networks.Networks), under the names of its base parts.
+    One of which not every base part runs for all options has `start(options)` -> (streams that need not be made, names
+    of the denoisers that run). One that takes adapters has its networks in `networks` (networks.Networks), under the
+    names of its base parts.
     """
 
     space: Space

@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterable, Mapping
 from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -33,6 +34,7 @@ class Networks:
         self.folder, self.machine, self.classes = folder, machine, classes
         self.wrong = ("missing_keys", "mismatched_keys", *(() if spare else ("unexpected_keys",)))
         self.from_scratch: frozenset[str] = frozenset()  # components that start from random weights
+        self.configs: dict[str, Mapping[str, Any]] = {}  # of those that are not as the folder has them
         self.loaded: dict[str, Any] = {}
 
     def config(self, name: str) -> dict[str, Any]:
@@ -62,9 +64,14 @@ class Networks:
             if self.machine.device.type == "cuda":
                 torch.cuda.empty_cache()
 
-    def start_anew(self, names: Iterable[str], seed: int) -> None:
-        """Have these networks begin with random weights, drawn from `seed` in the order of their first use."""
-        self.from_scratch = frozenset(names)
+    def start_anew(
+        self, names: Iterable[str], seed: int, configs: Mapping[str, Mapping[str, Any]] = MappingProxyType({})
+    ) -> None:
+        """Have these networks begin with random weights, drawn from `seed` in the order of their first use.
+
+        `configs` has configurations that replace those of the folder, by name.
+        """
+        self.from_scratch, self.configs = frozenset(names), dict(configs)
         torch.manual_seed(seed)
 
     def _library(self, name: str) -> str:
@@ -89,7 +96,7 @@ class Networks:
         return network
 
     def _random(self, name: str) -> nn.Module:
-        kind, config = self._class(name), self.config(name)
+        kind, config = self._class(name), dict(self.configs[name]) if name in self.configs else self.config(name)
         transformers = self._library(name) == "transformers"
         network: nn.Module = kind(kind.config_class(**config)) if transformers else kind.from_config(config)
         return network

@@ -76,7 +76,9 @@ class RunOptions:
 
 @dataclass(kw_only=True)
 class SampleOptions(RunOptions):
-    """Text (and whatever a family adds) to a clip."""
+    """Text (and whatever a family adds) to a clip. `still` says that these make one picture, not `num_frames`."""
+
+    still: ClassVar[bool] = False
 
     prompt: str = arg("", help="What the clip shows.")
     negative_prompt: str = opt("", help="What the clip shall not show.")

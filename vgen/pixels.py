@@ -9,6 +9,23 @@ import torch
 from torch import Tensor, nn
 
 
+class Spread:
+    """How large latents are: the root mean square of each of the last 50 batches, kept as state of a run."""
+
+    def __init__(self) -> None:
+        self.seen = torch.full((50,), torch.nan, dtype=torch.float64)
+
+    def note(self, latents: Tensor) -> None:
+        """Take in a batch."""
+        self.seen.copy_(self.seen.roll(-1))
+        self.seen[-1] = latents.detach().square().mean().sqrt()
+
+    def factor(self) -> float | None:
+        """The one factor that brings the latents to unit size; None before any were seen."""
+        size = self.seen.nanmean().item()
+        return round(1 / size, 6) if size > 0 else None
+
+
 class Autoencoder:
     """The part 'autoencoder'.
 
@@ -32,7 +49,8 @@ class Autoencoder:
         self.vae, self.encode, self.decode = vae, encode, decode
         self.l1_weight, self.kl_weight, self.scaled = l1_weight, kl_weight, scaled
         self.modules: Mapping[str, nn.Module] = {"vae": vae}
-        self.state = {"spread": torch.full((50,), torch.nan, dtype=torch.float64)}  # of the last batches
+        self.spread = Spread()
+        self.state = {"spread": self.spread.seen}
 
     def loss(self, batch: Mapping[str, Any], generator: torch.Generator) -> Tensor:
         """The loss of a batch of pixels (B, 3, T, H, W) in [-1, 1]."""
@@ -42,13 +60,11 @@ class Autoencoder:
         noise = torch.randn(mean.shape, generator=generator).to(mean)
         error = self.decode(self.vae, mean + torch.exp(0.5 * logvar) * noise).float() - batch["pixels"]
         kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
-        spread = self.state["spread"]
-        spread.copy_(spread.roll(-1))
-        spread[-1] = mean.detach().square().mean().sqrt()
+        self.spread.note(mean)
         return error.square().mean() + self.l1_weight * error.abs().mean() + self.kl_weight * kl
 
     def settle(self) -> None:
         """Store the one factor that brings the latents to unit size, as measured over the last batches."""
-        spread = self.state["spread"].nanmean().item()
-        if spread > 0 and self.scaled:
-            self.vae.register_to_config(scaling_factor=round(1 / spread, 6))
+        factor = self.spread.factor()
+        if factor and self.scaled:
+            self.vae.register_to_config(scaling_factor=factor)

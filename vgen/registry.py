@@ -139,7 +139,7 @@ def _not_an_adapter(folder: Path, reference: str) -> None:
 
 def _same_family(card: Family, folder: Path) -> None:
     name = cache.read_json(folder / "vgen.json").get("family", card.name)
-    if name != card.name:
+    if name not in (card.name, *card.starts_from):
         raise UsageError(f"{folder} is a checkpoint of '{name}', not of '{card.name}'.", f"Run: vgen ... {name}")
 
 

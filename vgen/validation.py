@@ -14,8 +14,7 @@ import torch
 from vgen import family
 from vgen.errors import UsageError
 from vgen.family import Checkpoint, Family
-from vgen.generate import decode, draw
-from vgen.latents import unscale
+from vgen.generate import decode, draw, streams_of
 from vgen.model import Model
 from vgen.video_write import write
 
@@ -64,11 +63,12 @@ def shown(load: Callable[[], Model], model: Model, asked: Sequence[Any], folder:
     def show(step: int) -> None:
         beside = load()
         for i, one in enumerate(asked):
-            streams: dict[str, Any] = {}
-            for name in model.base:
+            start = getattr(beside, "start", None)
+            streams, names = start(one) if start else ({}, model.base)
+            for name in names:
                 told, part = beside.draw(name, one, streams), model.denoiser(name, one)
                 made = draw(part, told, lambda name, i, n: None)
-                streams[part.stream] = unscale(beside.space, made).cpu()
+                streams |= streams_of(part, beside.space, made)
                 del told, made
             frames = decode(beside, streams)[0]
             kind = "png" if len(frames) == 1 else "mp4"

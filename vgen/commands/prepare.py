@@ -175,7 +175,7 @@ def _inputs(options: RunOptions) -> Iterator[tuple[str, Path]]:
 
 def default_output(verb: str, card: Family, options: Any, checkpoint: Checkpoint) -> Path:
     """Where the result goes when -o is absent, in the current folder; a clip of one frame is a picture."""
-    frames = getattr(options, "num_frames", None) or checkpoint.defaults.get("num_frames")
+    frames = _frames(options) or checkpoint.defaults.get("num_frames")
     clip = ".png" if frames == 1 else ".mp4"
     if verb == "sample":
         return Path(f"{card.name}-{options.seed}{clip}")
@@ -185,13 +185,18 @@ def default_output(verb: str, card: Family, options: Any, checkpoint: Checkpoint
     return Path("-".join(filter(None, (card.name, part, verb))) + (clip if verb in CLIPS else ""))
 
 
+def _frames(options: Any) -> int | None:
+    """How many frames the output of these options has; None where they do not say."""
+    return 1 if getattr(options, "still", False) else getattr(options, "num_frames", None)
+
+
 def check_output(verb: str, options: RunOptions) -> None:
     """The output can be written, and does not overwrite a clip unasked. Raises UsageError or VgenError."""
     path = options.output
     assert path is not None
     if verb in CLIPS:
         outputs.check_output(path, options.overwrite)
-        outputs.check_frames(path, getattr(options, "num_frames", None) or 1)
+        outputs.check_frames(path, _frames(options) or 1)
         return
     if path.exists() and not path.is_dir():
         raise UsageError(f"{path} is a file; '{verb}' writes a folder.", "Choose another name with -o.")

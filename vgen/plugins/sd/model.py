@@ -10,14 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vgen import diffusion, samplers
+from vgen import diffusion, framewise, samplers
 from vgen.family import Checkpoint
 from vgen.latents import Space, file_hash
 from vgen.machine import Machine
 from vgen.model import Draw, Sampler
 from vgen.networks import Networks, prepare
 from vgen.pixels import Autoencoder
-from vgen.plugins.sd import autoencoder
 from vgen.plugins.sd.unet import UNet
 from vgen.text import Texts
 
@@ -87,17 +86,17 @@ class StableDiffusion:
         """Pixels (B, 3, T, H, W) in [-1, 1] to unscaled 'mean' and 'logvar'."""
         vae = self._vae()
         with self.machine.holding(vae), torch.no_grad():
-            return autoencoder.encode(vae, pixels.to(self.machine.device))
+            return framewise.encode(vae, pixels.to(self.machine.device))
 
     def decode(self, streams: Mapping[str, Tensor]) -> Tensor:
         """Unscaled 'latents' (B, C, T, H', W') to pixels (B, 3, T, H, W)."""
         vae = self._vae()
         with self.machine.holding(vae), torch.no_grad():
-            return autoencoder.decode(vae, streams["latents"].to(self.machine.device))
+            return framewise.decode(vae, streams["latents"].to(self.machine.device))
 
     def _vae(self) -> Any:
         vae = self.networks.get("vae")
-        autoencoder.save_memory(vae, slicing=self.slicing, tiling=self.tiling)
+        framewise.save_memory(vae, slicing=self.slicing, tiling=self.tiling)
         return vae
 
     def denoiser(self, name: str, options: Any) -> UNet:
@@ -142,7 +141,7 @@ class StableDiffusion:
 
     def _autoencoder(self, options: Any) -> Autoencoder:
         vae, weights = self.networks.get("vae"), {"l1_weight": options.l1_weight, "kl_weight": options.kl_weight}
-        return Autoencoder(vae, autoencoder.encode, autoencoder.decode, **weights)
+        return Autoencoder(vae, framewise.encode, framewise.decode, **weights)
 
     def _trained(self, options: Any) -> UNet:
         part = self._unet()

@@ -1,4 +1,4 @@
-"""Stable Diffusion's image autoencoder (AutoencoderKL) on clips, frame by frame."""
+"""An image autoencoder (AutoencoderKL) on clips, frame by frame."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ from torch import Tensor
 
 def encode(vae: Any, pixels: Tensor) -> dict[str, Tensor]:
     """Pixels (B, 3, T, H, W) in [-1, 1] to the posterior's mean and logvar (B, C, T, H', W'), unscaled."""
-    posterior = vae.encode(_images(pixels).to(vae.dtype)).latent_dist
-    return {"mean": _clips(posterior.mean, pixels), "logvar": _clips(posterior.logvar, pixels)}
+    posterior = vae.encode(images(pixels).to(vae.dtype)).latent_dist
+    return {"mean": clips(posterior.mean, pixels), "logvar": clips(posterior.logvar, pixels)}
 
 
 def decode(vae: Any, latents: Tensor) -> Tensor:
     """Unscaled latents (B, C, T, H', W') to pixels (B, 3, T, H, W)."""
-    return _clips(vae.decode(_images(latents).to(vae.dtype)).sample, latents)
+    return clips(vae.decode(images(latents).to(vae.dtype)).sample, latents)
 
 
-def _images(clips: Tensor) -> Tensor:
+def images(x: Tensor) -> Tensor:
     """(B, C, T, H, W) to (B * T, C, H, W)."""
-    return clips.transpose(1, 2).flatten(0, 1)
+    return x.transpose(1, 2).flatten(0, 1)
 
 
-def _clips(images: Tensor, like: Tensor) -> Tensor:
+def clips(x: Tensor, like: Tensor) -> Tensor:
     """(B * T, C, H, W) to (B, C, T, H, W), with B and T those of `like`."""
-    return images.unflatten(0, (len(like), like.shape[2])).transpose(1, 2)
+    return x.unflatten(0, (len(like), like.shape[2])).transpose(1, 2)
 
 
 def save_memory(vae: Any, *, slicing: bool, tiling: bool) -> None:
