@@ -314,12 +314,11 @@ def test_a_run_that_was_killed_goes_on(tmp_path: Path) -> None:
         time.sleep(0.02)
     os.kill(killed.pid, signal.SIGKILL)
     killed.wait()
-    before = part.stat().st_mtime_ns
     assert not (tmp_path / "b.mp4").exists()
     done = vgen(*words, **TOY)
     assert done.code == 0, done.err
     assert "Going on with the 1 parts" in done.err
-    assert before < time.time_ns()
+    assert "\nread 0/69\n" in done.err
     assert record(tmp_path / "b.mp4")["parts_found"] == 1
     assert record(tmp_path / "b.mp4")["made"] < 69 * 3
     whole = run(clip, tmp_path / "c.mp4", "between")
@@ -412,7 +411,7 @@ def test_damage_in_the_middle_is_told_and_leaves_no_output(tmp_path: Path) -> No
     done = vgen("interpolate", "classic", clip, "-o", tmp_path / "b.mp4", "--method", "linear")
     assert done.code == 1
     assert "damaged" in done.err
-    assert not (tmp_path / "b.mp4").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["a.mp4"]
 
 
 def test_a_family_without_weights_has_no_checkpoints() -> None:

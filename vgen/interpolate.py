@@ -6,7 +6,7 @@ The video goes by frame by frame and the result is kept in parts, so memory does
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice, pairwise, repeat
 from typing import Any
@@ -61,7 +61,12 @@ def interpolate(model: Interpolator, placing: Placing, parts: Parts, options: An
     frames = marked(video.frames(placing.told.path, seen=placing.told))
     size = max(1, LENGTH // max(1, round(placing.fps / placing.told.fps)))
     end: deque[Tensor] = deque(maxlen=1)
-    pairs = _watched(frames, placing.gaps, told, end, on_step)
+
+    def passed(count: int) -> None:  # under two names, for the time left is that of making
+        found = max(count - 1, 0) // size in parts.found
+        on_step("read" if found else "interpolate", count, placing.gaps)
+
+    pairs = _watched(frames, told, end, passed)
     number = 0
     for number, first in enumerate(range(0, placing.gaps, size)):
         some = islice(pairs, size)
@@ -76,16 +81,16 @@ def interpolate(model: Interpolator, placing: Placing, parts: Parts, options: An
 
 
 def _watched(
-    frames: Iterable[tuple[Tensor, bool]], gaps: int, told: Told, end: deque[Tensor], on_step: OnStep
+    frames: Iterable[tuple[Tensor, bool]], told: Told, end: deque[Tensor], passed: Callable[[int], None]
 ) -> Iterator[Pair]:
     """The pairs of neighbours, noted in `told` as they go by; `end` holds the frame that went by last."""
-    on_step("interpolate", 0, gaps)
+    passed(0)
     for index, ((before, _), (after, cut)) in enumerate(pairwise(frames)):
         told.cuts += [index + 1] * cut
         told.still += torch.equal(before, after)
         end.append(after)
         yield Pair(index, before, after, cut)
-        on_step("interpolate", index + 1, gaps)
+        passed(index + 1)
 
 
 def _shown(model: Interpolator, placing: Placing, pairs: Iterator[Pair], options: Any, told: Told) -> Iterator[Tensor]:

@@ -6,6 +6,7 @@ encoded as it is and joined without coding them again; those of a GIF and of a f
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
@@ -52,6 +53,7 @@ class Parts:
     def write(self, number: int, frames: Iterable[Tensor]) -> None:
         """Keep a part: frames (H, W, 3) uint8."""
         video_write.write(self.path(number), frames, self.fps, look=self.look)
+        gc.collect()  # PyAV's containers and streams hold each other, and the encoder's frames with them
 
     def paths(self) -> list[Path]:
         """All parts that are there, in order."""

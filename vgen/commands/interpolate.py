@@ -26,7 +26,6 @@ ROWS, COLUMNS, WIDE = 6, 9, 320  # gaps and frames of each on a contact sheet, a
 def run(job: Job) -> int:
     """Make the frames, write the video and its record, and print its path."""
     from vgen import parts
-    from vgen.interpolate import interpolate
     from vgen.remux import sound
     from vgen.video_write import Look
 
@@ -39,13 +38,7 @@ def run(job: Job) -> int:
     placing = place(told, options, getattr(model, "steps", None))
     with parts.opened(options.output, placing.fps, Look.of(told), _identity(job)) as kept:
         _say(job, placing, kept)
-        with job.out.progress() as on_step:
-            met = interpolate(model, placing, kept, options, on_step)
-            facts = _facts(placing, met, kept)
-            if options.measure:
-                from vgen.leave_out import measure
-
-                facts["measured"] = measure(model, placing, kept.frames(), options, on_step)
+        facts = _made(job, model, placing, kept)
         if options.contact_sheet:
             facts["contact_sheet"] = str(_sheet(placing, kept))
         source = told.path if heard else None
@@ -54,6 +47,27 @@ def run(job: Job) -> int:
         kept.remove()
     job.out.result(options.output, seconds=job.run.seconds, **facts)
     return 0
+
+
+def _made(job: Job, model: Any, placing: Placing, kept: Parts) -> dict[str, Any]:
+    """Make the parts, and return what the record and the answer tell. What cannot be read leaves none behind."""
+    from vgen.interpolate import interpolate
+    from vgen.probe import BadClip
+
+    try:
+        with job.out.progress() as on_step:
+            facts = _facts(placing, interpolate(model, placing, kept, job.options, on_step), kept)
+            if job.options.measure:
+                from vgen.leave_out import measure
+
+                facts["measured"] = measure(model, placing, kept.frames(), job.options, on_step)
+    except BadClip:
+        kept.remove()
+        raise
+    except KeyboardInterrupt:
+        job.out.hint(f"What is done lies in {kept.folder}. The same command goes on with it.")
+        raise
+    return facts
 
 
 def look(options: Any) -> Probe:

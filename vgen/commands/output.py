@@ -118,7 +118,7 @@ def _bars() -> Iterator[OnStep]:
 
         def on_step(name: str, i: int, n: int) -> None:
             if name not in tasks or i < bars.tasks[tasks[name]].completed:  # the same work, begun again
-                tasks[name] = bars.add_task(name, total=n or None)
+                tasks[name] = bars.add_task(name, total=n or None, completed=i)
             bars.update(tasks[name], completed=i, total=n or None)
 
         yield on_step
