@@ -132,3 +132,12 @@ def test_a_written_clip_is_read_the_same(tmp_path: Path):
     frames = torch.from_numpy(filmed(height=64, width=64, pan=-0.2))
     read = video.read(write(tmp_path / "clip.mp4", frames, Fraction(8))).frames
     assert estimate(read).pan == pytest.approx(-0.2, abs=0.012)
+
+
+@pytest.mark.parametrize("word", ["static", "tilt-up", "zoom-out"])
+def test_light_that_changes_little_contrast_and_grain_do_no_harm(word):
+    frames = filmed(height=64, width=64, **POSES[word]).astype(np.float32)
+    brighter = frames * np.linspace(0.6, 1.1, len(frames))[:, None, None, None]
+    grain = np.random.default_rng(1).normal(0, 12, frames.shape)
+    for changed in (brighter, 0.15 * frames, 128 + 0.1 * (frames - 128), frames + grain):
+        assert name(estimate(changed.clip(0, 255).astype(np.uint8))) == word

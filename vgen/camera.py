@@ -39,6 +39,7 @@ BOTH = {axis: tuple(word for word in SIGNS if word.startswith(axis)) for axis in
 
 SIDE = 256  # the shorter side that every clip is measured at
 CELLS = 16  # cells of the grid along each side
+SPREAD, LEAST = 40.0, 5.0  # standard deviation of lightness that clips are brought to, from at least so much
 WINDOW = 31  # pixels of SIDE that a point is known by
 TEXTURE = 2e-6  # least eigenvalue of the gradients around a point from which on it can be tracked
 RETURN = 0.7  # pixels of SIDE by which a point may miss its start when it is tracked back
@@ -92,8 +93,8 @@ def estimate(frames: Frames) -> Motion:
 
     Pairs that cannot be measured count as the mean of the others, up to half of them.
     """
-    grey = [_grey(frame) for frame in np.asarray(frames)]
-    fits = [fit for fit in map(_fit, grey, grey[1:]) if fit]
+    grey = _greys(np.asarray(frames))
+    fits = [fit for a, b in pairwise(grey) if (fit := _fit(a, b) or _fit(a, _lit_as(a, b)))]
     pairs = len(grey) - 1
     if not fits or 2 * len(fits) < pairs:
         return Motion()
@@ -131,15 +132,31 @@ def name(motion: Motion) -> str:
     return next((word for word in WORDS if matches(motion, word)), "")
 
 
-def _grey(frame: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Lightness (h, w) uint8 of a frame (H, W, 3), its shorter side SIDE."""
-    height, width = frame.shape[:2]
+def _greys(frames: NDArray[np.uint8]) -> list[NDArray[np.uint8]]:
+    """Lightness (h, w) uint8 of frames (T, H, W, 3), their shorter side SIDE, a little blurred against grain.
+
+    Little contrast is raised, by the same for the whole clip; what is nearly bare stays so.
+    """
+    height, width = frames.shape[1:3]
     scale = SIDE / min(height, width)
     size = (max(SIDE, round(width * scale)), max(SIDE, round(height * scale)))
     how = cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC
-    grey: Any = cv2.cvtColor(np.ascontiguousarray(frame), cv2.COLOR_RGB2GRAY)
-    resized: NDArray[np.uint8] = cv2.GaussianBlur(cv2.resize(grey, size, interpolation=how), (0, 0), 1.5)
-    return resized
+    greys: list[Any] = [cv2.cvtColor(np.ascontiguousarray(one), cv2.COLOR_RGB2GRAY) for one in frames]
+    greys = [
+        cv2.GaussianBlur(cv2.resize(one.astype(np.float32), size, interpolation=how), (0, 0), 1.5) for one in greys
+    ]
+    gain = max(1.0, SPREAD / max(float(np.mean([one.std() for one in greys])), LEAST))
+    middle = float(np.mean([one.mean() for one in greys]))
+    return [_bytes((one - middle) * gain + 128) for one in greys]
+
+
+def _lit_as(other: NDArray[np.uint8], frame: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """A frame (h, w) with the mean and the spread of another: light that changes looks like motion."""
+    return _bytes((frame - frame.mean()) * (other.std() / max(float(frame.std()), 1.0)) + other.mean())
+
+
+def _bytes(grey: Any) -> NDArray[np.uint8]:
+    return np.asarray(grey).round().clip(0, 255).astype(np.uint8)
 
 
 def _points(grey: NDArray[np.uint8]) -> Array:
