@@ -111,10 +111,13 @@ def test_parameters_at_full_size():
     assert count(_meta(in_channels=4)) == 1_524_611_562
     temporal = [p for n, p in whole.named_parameters() if "temporal" in n or "time_mixer" in n or "time_pos" in n]
     assert sum(p.numel() for p in temporal) == 656_076_838
-    vae = AutoencoderKLTemporalDecoder(
+    assert count(_decoder().decoder) == 63_579_183
+
+
+def _decoder() -> AutoencoderKLTemporalDecoder:
+    return AutoencoderKLTemporalDecoder(
         block_out_channels=(128, 256, 512, 512), down_block_types=("DownEncoderBlock2D",) * 4, layers_per_block=2
     )
-    assert count(vae.decoder) == 63_579_183
 
 
 def test_the_camera_adapter_at_full_size():
@@ -127,16 +130,35 @@ def test_the_camera_adapter_at_full_size():
     assert sum(16 * (m.in_features + m.out_features) for m in sizes.values()) == 1_597_440
 
 
-def test_multiplications_of_a_call_at_full_size():
-    network = _meta()
-    x = torch.empty(1, 14, 8, 72, 128, device="meta")
-    one, ids = torch.empty(1, 1, 1024, device="meta"), torch.empty(1, 3, device="meta")
+def multiplications(call: Any) -> tuple[float, float]:
+    """Of a call, in 10^12; and without the products of attention."""
     with FlopCounterMode(display=False) as counter:
-        network(x, torch.empty(1, device="meta"), encoder_hidden_states=one, added_time_ids=ids)
+        call()
     counts = counter.get_flop_counts()["Global"]
     products = sum(n for op, n in counts.items() if "attention" in str(op) or "bmm" in str(op))
-    assert counter.get_total_flops() / 2e12 == pytest.approx(22.401, rel=1e-3)
-    assert (counter.get_total_flops() - products) / 2e12 == pytest.approx(18.048, rel=1e-3)
+    return counter.get_total_flops() / 2e12, (counter.get_total_flops() - products) / 2e12
+
+
+@pytest.mark.parametrize(
+    ("size", "all_", "most"),
+    [((14, 72, 128), 22.401, 18.048), ((25, 72, 128), 39.974, 32.187), ((14, 40, 72), 6.069, None)],
+)
+def test_multiplications_of_a_call_at_full_size(size, all_, most):
+    network, (frames, height, width) = _meta(), size
+    x = torch.empty(1, frames, 8, height, width, device="meta")
+    one, ids = torch.empty(1, 1, 1024, device="meta"), torch.empty(1, 3, device="meta")
+    told = {"encoder_hidden_states": one, "added_time_ids": ids}
+    whole, rest = multiplications(lambda: network(x, torch.empty(1, device="meta"), **told))
+    assert whole == pytest.approx(all_, rel=1e-3)
+    assert most is None or rest == pytest.approx(most, rel=1e-3)
+
+
+def test_multiplications_of_the_decoder_at_full_size():
+    with torch.device("meta"):
+        vae = _decoder()
+    vae.to("meta")
+    z = torch.empty(14, 4, 72, 128, device="meta")
+    assert multiplications(lambda: vae.decode(z, num_frames=14))[0] == pytest.approx(48.60, rel=1e-3)
 
 
 def test_defaults_of_the_released_checkpoints():
@@ -212,6 +234,33 @@ def test_a_mix_of_30_makes_frames_independent():
     assert not torch.equal(a[:, 2], b[:, 2])
     free = svd_tiny.unet().eval()
     assert not torch.equal(call(free, x)[:, 0], call(free, changed)[:, 0])
+
+
+def test_an_indicator_of_images_makes_frames_independent():
+    """The network says 0, a clip, of all frames; where blenders are told 1, the branch in time has no part."""
+    from diffusers.models.resnet import AlphaBlender
+
+    torch.manual_seed(0)
+    network = svd_tiny.unet().eval()
+    x = torch.randn(1, 4, 8, 8, 8)
+    changed = x.clone()
+    changed[:, 2] += 1
+
+    def images(module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        return args, {**kwargs, "image_only_indicator": torch.ones_like(kwargs["image_only_indicator"])}
+
+    blenders = [module for module in network.modules() if isinstance(module, AlphaBlender)]
+    assert {blender.merge_strategy for blender in blenders} == {"learned_with_images"}
+    hooks = [blender.register_forward_pre_hook(images, with_kwargs=True) for blender in blenders]
+    a, b = call(network, x), call(network, changed)
+    assert torch.equal(a[:, [0, 1, 3]], b[:, [0, 1, 3]])
+    assert not torch.equal(a[:, 2], b[:, 2])
+    for hook in hooks:
+        hook.remove()
+    for name, p in network.named_parameters():
+        if name.endswith("mix_factor"):
+            p.data.fill_(torch.inf)
+    assert torch.equal(call(network, x), a)  # the same as a mix of +infinity
 
 
 def test_the_layers_in_time_can_have_a_context_of_their_own():
