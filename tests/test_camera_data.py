@@ -16,7 +16,7 @@ from PIL import Image
 
 from vgen import camera, camera_data, clips
 from vgen.camera import Motion, estimate
-from vgen.camera_check import judge
+from vgen.camera_check import judge, wanted
 from vgen.camera_data import Found, choose, make, survey
 from vgen.camera_move import ROOM, moved
 from vgen.clips import Item
@@ -213,3 +213,16 @@ def test_an_adapter_is_good_where_most_samples_turn_and_more_than_before():
     assert not judge("pan-right", [still] * 4, [left] * 4)["good"]
     assert not judge("pan-left", [left] * 4, [left] * 4)["good"]
     assert judge("static", [left] * 4, [still] * 4)["good"]
+
+
+def test_samples_start_from_pictures_or_where_a_family_takes_text_from_captions(tmp_path):
+    folder = svd_tiny.checkpoint(tmp_path / "svd")
+    assert family.describe is not None
+    item = Item(svd_tiny.picture(tmp_path / "first.png"), ("a red ball rising",), "image")
+    (one,) = wanted(family, family.describe(folder), [item], (4, 32, 32), 5)
+    assert (one.image, one.prompt, one.seed, one.num_frames) == (item.path, "", 5, 4)
+    texts = tiny.checkpoint(tmp_path / "cogvideox")
+    (one,) = wanted(tiny.family, tiny.describe(texts), [item], (9, 32, 32), 5)
+    assert (one.image, one.prompt, one.height) == (None, "a red ball rising", 32)
+    with pytest.raises(UsageError, match="The prompt is empty"):
+        wanted(tiny.family, tiny.describe(texts), [replace(item, captions=())], (9, 32, 32), 5)

@@ -25,6 +25,8 @@ FREE = (  # settings that a resumed run may change: where things are, how fast t
     "save_dtype",
     "eval_steps",
     "validation_prompt",
+    "min_clips",
+    "check_samples",
     "validation_image",
     "validation_steps",
     "report_to",
