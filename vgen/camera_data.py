@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 from itertools import pairwise
@@ -34,6 +35,7 @@ from vgen.video_write import contact_sheet, write
 FORMAT = 1  # of the lines of a cache; another number when `camera.estimate` changes
 TRIES = 4  # windows that are tried for each clip to be made
 QUALITY = 6  # of the clips that are made: the constant rate factor of H.264, near to lossless
+WORKERS = 4  # threads that read and measure clips
 PIECES = 8  # of a long clip, at most
 SHOWN = 16  # clips on a contact sheet
 
@@ -111,17 +113,29 @@ def survey(
     """
     known, found, aside = _known(cache), [], []
     pieces = [piece for item in items for piece in cut(item, size[0], fps)]
-    for i, item in enumerate(pieces):
+
+    def measured(item: Item) -> tuple[str, Found] | BadClip:
         try:
             seen = clips.look(item)
             told = f"{seen.sha256}/{'x'.join(map(str, size))}/{fps or 0:g}/{FORMAT}"
-            if told not in known:
-                known[told] = _motion(item, size, fps, seen)
-                _note(cache, told, known[told])
-            found.append(Found(item, seen.sha256, known[told]))
+            return told, Found(item, seen.sha256, known.get(told) or _motion(item, size, fps, seen))
         except BadClip as error:
-            aside.append(str(error))
-        on_step("camera", i + 1, len(pieces))
+            return error
+
+    workers = ThreadPoolExecutor(WORKERS)
+    try:
+        for i, outcome in enumerate(workers.map(measured, pieces)):
+            if isinstance(outcome, BadClip):
+                aside.append(str(outcome))
+            else:
+                told, one = outcome
+                if told not in known:
+                    known[told] = one.motion
+                    _note(cache, told, one.motion)
+                found.append(one)
+            on_step("camera", i + 1, len(pieces))
+    finally:
+        workers.shutdown(cancel_futures=True)
     return found, aside
 
 
