@@ -26,9 +26,10 @@ from shell import FAMILIES, TOYS, environment, vgen
 from vgen import family as found_families
 from vgen.commands.prepare import perform
 from vgen.errors import VgenError
-from vgen.family import family
+from vgen.family import Checkpoint, family, resolve
 from vgen.hard_cuts import marked
 from vgen.metrics import psnr
+from vgen.options import InterpolateOptions
 from vgen.placing import dense
 from vgen.probe import probe
 from vgen.video import frames
@@ -428,3 +429,9 @@ def test_families_without_the_verb_answer_with_those_that_have_it() -> None:
     assert done.code == 2
     assert "'toy' has no verb 'interpolate'" in done.err
     assert "With 'interpolate': between, classic" in done.err
+
+
+def test_the_rate_that_a_checkpoint_samples_at_is_not_asked_for() -> None:
+    native = Checkpoint("native", defaults={"fps": 7.0, "batch_size": 3})
+    told = resolve(family("between"), InterpolateOptions(input="a.mp4"), native)
+    assert told.fps is None

@@ -197,7 +197,8 @@ def families() -> tuple[list[Family], list[VgenError]]:
 def resolve(card: Family, options: Chosen, checkpoint: Checkpoint) -> Chosen:
     """Fill open options from the checkpoint, and refuse what it cannot do. Raises UsageError."""
     names = {f.name for f in fields(options)}
-    fill = {k: v for k, v in checkpoint.defaults.items() if k in names and getattr(options, k) is None}
+    native = {f.name for f in fields(options) if f.metadata.get("native", True)}
+    fill = {k: v for k, v in checkpoint.defaults.items() if k in native and getattr(options, k) is None}
     full = replace(options, **fill)
     for name, rule in checkpoint.rules.items():
         if name in names and getattr(full, name) is not None:

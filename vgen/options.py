@@ -27,8 +27,12 @@ def opt(
     metavar: str | None = None,
     positional: bool = False,
     needs: str = "",
+    native: bool = True,
 ) -> Any:
-    """A flag. `low` and `high` bound its value, `panel` groups it in the help page; without `needs` it does nothing."""
+    """A flag. `low` and `high` bound its value, `panel` groups it in the help page; without `needs` it does nothing.
+
+    One that is not `native` stays open, whatever the checkpoint was made for.
+    """
     told = {
         "help": help,
         "short": short,
@@ -38,6 +42,7 @@ def opt(
         "metavar": metavar,
         "positional": positional,
         "needs": needs,
+        "native": native,
     }
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=told)
@@ -259,7 +264,7 @@ class InterpolateOptions(RunOptions):
 
     input: str = arg("", help="A video.", metavar="CLIP")
     factor: int | None = opt(None, help="Frames for each one of the clip; 4 when --fps is absent.", low=2)
-    fps: Fraction | None = opt(None, help="Or a frame rate to reach, such as 60 or 60000/1001.", low=0.01)
+    fps: Fraction | None = opt(None, help="Or a frame rate to reach, such as 60 or 60000/1001.", low=0.01, native=False)
     batch_size: int = opt(1, help="Pairs of frames in one call of the network.", low=1, panel="Machine")
     audio: bool = opt(True, help="Leave the sound out, which is copied else.", panel="Output")
     measure: bool = opt(False, help="Also leave every second frame out, make it again, and compare.", panel="Output")
