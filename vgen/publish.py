@@ -150,6 +150,8 @@ def check(folder: Path, manifest: Mapping[str, Any]) -> None:
         raise VgenError(f"The checkpoint is not whole: it lacks {', '.join(lacks[:4])}.", "Make it again.")
     safety.refuse_code(folder, "The checkpoint")
     _headers(folder)
+    for config in sorted(folder.glob("*/config.json")) if kind == "checkpoint" else ():
+        _fits(config)
     if not manifest.get("family"):
         raise UsageError("vgen.json does not say which family this is.", "Name it: --family NAME.")
     if not manifest.get("license"):
@@ -168,6 +170,45 @@ def _headers(folder: Path) -> None:
         for name, shard in cache.read_json(path).get("weight_map", {}).items():
             if name not in tensorfile.header(path.parent / shard).entries:
                 raise VgenError(f"{path.parent.name}/{shard} lacks the tensor {name} of its index.", "Make it again.")
+
+
+def _fits(config: Path) -> None:
+    """Compare names and shapes of stored weights with the network of their configuration, where diffusers has it.
+
+    The network is built without memory. Raises VgenError.
+    """
+    told = cache.read_json(config)
+    kind = _of_diffusers(str(told.get("_class_name", "")))
+    if kind is None:
+        return
+    import torch
+
+    files = config.parent.glob("*.safetensors")
+    shapes = {name: e.shape for path in files for name, e in tensorfile.header(path).entries.items()}
+    with torch.device("meta"):
+        network = kind.from_config(told)
+        held = {name: torch.empty(shape) for name, shape in shapes.items()}
+    network._fix_state_dict_keys_on_load(held)  # old names of attention layers, as from_pretrained reads them
+    wanted = {name: t.shape for name, t in network.state_dict().items()}
+    wrong = {name for name in held.keys() | wanted if name not in held or held[name].shape != wanted.get(name)}
+    if wrong:
+        name = min(wrong)
+        does, wants = (tuple(t) if t is not None else "missing" for t in (shapes.get(name), wanted.get(name)))
+        raise VgenError(
+            f"The weights of '{config.parent.name}' do not fit its config.json: {len(wrong)} differ."
+            f" The first, {name}, is {does} in the files and {wants} in the network.",
+            "Make the checkpoint again.",
+        )
+
+
+def _of_diffusers(name: str) -> Any:
+    """diffusers' class of that name; None for other libraries' networks. Imports nothing where there is no name."""
+    if not name:
+        return None
+    import diffusers
+
+    kind = getattr(diffusers, name, None)
+    return kind if isinstance(kind, type) and issubclass(kind, diffusers.ModelMixin) else None
 
 
 def publish(staged: Staged, target: Target) -> Published:

@@ -1,0 +1,51 @@
+"""The self-check before publishing: weights that do not fit their configuration are refused before any upload."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from diffusers import AutoencoderKL
+
+from vgen import publish
+from vgen.errors import VgenError
+
+TOLD = {"family": "cogvideox", "license": "mit"}
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"num_layers": 3}, r"The first, transformer_blocks\.2\.\S+, is missing in the files and \(\d"),
+        ({"num_layers": 1}, r"The first, transformer_blocks\.1\.\S+, is \(\S+.* and missing in the network"),
+        ({"time_embed_dim": 8}, r"norm_out.linear.weight, is \(64, 16\) in the files and \(64, 8\) in the network"),
+    ],
+)
+def test_weights_that_do_not_fit_their_configuration_are_refused(folder: Path, change: dict[str, int], said: str):
+    publish.check(folder, TOLD)
+    config = folder / "transformer" / "config.json"
+    before = config.read_text()
+    config.write_text(json.dumps({**json.loads(before), **change}))
+    try:
+        with pytest.raises(VgenError, match="The weights of 'transformer' do not fit its config.json: .*" + said):
+            publish.check(folder, TOLD)
+    finally:
+        config.write_text(before)
+
+
+def test_old_names_of_attention_layers_are_read_as_diffusers_reads_them(tmp_path: Path):
+    from safetensors.torch import load_file, save_file
+
+    AutoencoderKL(block_out_channels=(4,), norm_num_groups=2).save_pretrained(tmp_path / "vae")
+    path = tmp_path / "vae" / "diffusion_pytorch_model.safetensors"
+    old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    held = load_file(path)
+    renamed = {}
+    for name, tensor in held.items():
+        for new, former in old.items():
+            name = name.replace(f".{new}.", f".{former}.")
+        renamed[name] = tensor
+    assert renamed.keys() != held.keys()
+    save_file(renamed, path)
+    publish._fits(tmp_path / "vae" / "config.json")
