@@ -149,6 +149,14 @@ def test_a_varying_rate_keeps_its_stamps(tmp_path: Path, kind: str) -> None:
     assert numbers(frames(made.path))[::4] == list(range(10))
 
 
+def test_odd_stamps_are_kept_to_the_tick(tmp_path: Path) -> None:
+    stamps = [0, 3001, 7013, 9109, 12401, 12403, 18917]
+    clip = barcode.make(tmp_path / "a.mp4", fps=Fraction(90000), pts=stamps)
+    made = probe(run(clip, tmp_path / "b.mp4", method="duplicate", factor="3"))
+    wanted = [Fraction(a * 3 + (b - a) * k, 270000) for a, b in pairwise(stamps) for k in range(3)]
+    assert made.pts == (*wanted, Fraction(18917, 90000))
+
+
 @pytest.mark.parametrize("output", ["out", "b.mp4", "c.gif"])
 def test_a_varying_rate_is_made_constant_where_it_is_asked_for(tmp_path: Path, output: str) -> None:
     stamps = [0, 1, 2, 6, 7, 8, 16, 17, 18, 19]

@@ -78,6 +78,7 @@ def join(
         target.metadata["comment"] = comment
         first: Any = stack.enter_context(open_video(parts[0])).streams.video[0]
         pictures = target.add_stream_from_template(first, opaque=True)
+        pictures.time_base = clock.tick
         if clock.rate:
             pictures.codec_context.framerate = clock.rate
         flows = [_pictures(parts, pictures, clock, _settings(first))]
