@@ -165,25 +165,7 @@ class Bench:
 
     def loop(self) -> Iterator[Row]:
         """(c) The sampling loop alone."""
-
-        def say(*words: object) -> Any:
-            env = {**os.environ, "VGEN_HOME": str(self.home), "HF_HUB_OFFLINE": "1"}
-            program = [sys.executable, str(HERE / "plain" / "loop.py"), *map(str, words)]
-            done = subprocess.run(program, env=env, capture_output=True, text=True, check=True)
-            return json.loads(done.stdout.splitlines()[-1])
-
-        print("sampling loop ...", file=sys.stderr, flush=True)
-        sides = ("vgen", "diffusers")
-        mib = {name: say(name, self.folder, self.work / f"{name}.pt")["kib"] / 1024 for name in sides}
-        turns = say("pairs", self.folder, 2 * self.pairs + 1)
-        ours, others = ([Took(*turn[name], mib[name]) for turn in turns] for name in sides)
-        yield Row("sampling loop", ours, others, 0.98)
-        compare = "import sys, torch; a, b = map(torch.load, sys.argv[1:]); print((a - b).abs().max().item())"
-        files = [self.work / "vgen.pt", self.work / "diffusers.pt"]
-        apart = subprocess.run([sys.executable, "-c", compare, *files], capture_output=True, text=True, check=True)
-        print(f"latents of the two loops are {float(apart.stdout):.1e} apart", file=sys.stderr)
-        if float(apart.stdout) > LATENTS:
-            raise RuntimeError(f"the loops do not agree: their latents are {apart.stdout.strip()} apart")
+        yield loops("sampling loop", "loop.py", self.folder, self.work, self.pairs)
 
     def encode(self, count: int) -> Iterator[Row]:
         """(d) Clips to latents: whole acts over a folder of files."""
@@ -202,6 +184,29 @@ class Bench:
 
         (self.work / "out").mkdir()
         yield self.row(f"encode {count} clips", ours, other, 2.0, times=True)
+
+
+def loops(name: str, script: str, folder: Path, work: Path, pairs: int) -> Row:
+    """The loops of a plain script, vgen's and the pipeline's. Raises RuntimeError where their latents do not agree."""
+
+    def say(*words: object) -> Any:
+        env = {**os.environ, "VGEN_HOME": str(work / "home"), "HF_HUB_OFFLINE": "1"}
+        program = [sys.executable, str(HERE / "plain" / script), *map(str, words)]
+        done = subprocess.run(program, env=env, capture_output=True, text=True, check=True)
+        return json.loads(done.stdout.splitlines()[-1])
+
+    print(f"{name} ...", file=sys.stderr, flush=True)
+    sides = ("vgen", "diffusers")
+    mib = {side: say(side, folder, work / f"{side}.pt")["kib"] / 1024 for side in sides}
+    turns = say("pairs", folder, 2 * pairs + 1)
+    ours, others = ([Took(*turn[side], mib[side]) for turn in turns] for side in sides)
+    compare = "import sys, torch; a, b = map(torch.load, sys.argv[1:]); print((a - b).abs().max().item())"
+    files = [work / "vgen.pt", work / "diffusers.pt"]
+    apart = subprocess.run([sys.executable, "-c", compare, *files], capture_output=True, text=True, check=True)
+    print(f"latents of the two loops are {float(apart.stdout):.1e} apart", file=sys.stderr)
+    if float(apart.stdout) > LATENTS:
+        raise RuntimeError(f"the loops do not agree: their latents are {apart.stdout.strip()} apart")
+    return Row(name, ours, others, 0.98)
 
 
 def same_frames(a: Path, b: Path) -> None:

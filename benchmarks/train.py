@@ -74,6 +74,8 @@ def tensors(store: Path, folder: Path, path: Path) -> None:
 class Bench:
     """The runs. `work` holds what they read and write."""
 
+    family, script = "cogvideox", "train_lora.py"
+
     def __init__(self, work: Path, steps: int) -> None:
         self.work, self.steps, self.home, self.count = work, steps, work / "home", 0
         self.folder, self.store, self.clips = work / "base", work / "store", work / "clips"
@@ -101,7 +103,7 @@ class Bench:
         out = self.work / f"lora-{self.count}"
         words = ("--checkpoint", self.folder, "--data", self.store, "--rank", RANK, "--max-train-steps", steps)
         more = ("--mixed-precision", "bf16", "--dtype", "bf16", "--checkpointing-steps", save_every, "--device", "cpu")
-        took = process(VGEN, "train-lora", "cogvideox", *words, *more, "--seed", 1, "-o", out, home=self.home)
+        took = process(VGEN, "train-lora", self.family, *words, *more, "--seed", 1, "-o", out, home=self.home)
         log = [json.loads(line) for line in (out / "training" / "log.jsonl").read_text().splitlines()]
         return {"steps": [line["seconds"] for line in log if "seconds" in line], "wall": took.wall, "mib": took.mib}
 
@@ -109,7 +111,7 @@ class Bench:
         """The same of the plain loop, and seconds from its start to the end of its first step."""
         self.count += 1
         words = [self.folder, "--steps", steps, "--rank", RANK, "--out", self.work / f"plain-{self.count}", *source]
-        script = [sys.executable, HERE / "plain" / "train_lora.py", *words]
+        script = [sys.executable, HERE / "plain" / self.script, *words]
         env = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"}
         begun = os.times().elapsed
         done = subprocess.run([str(w) for w in script], env=env, capture_output=True, text=True, check=False)

@@ -7,16 +7,18 @@ included, and writes the latents; python plain/loop.py pairs FOLDER N gives the 
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
 
 PROMPT = "a teddy bear skating"
+Sample = Callable[[int | None], torch.Tensor]  # samples in so many steps; in all of the checkpoint's when None
+Side = Callable[[Path], Sample]
 
 
-def vgen(folder: Path) -> Callable[[int | None], torch.Tensor]:
-    """A function that samples in so many steps; all of the checkpoint's when None."""
+def vgen(folder: Path) -> Sample:
+    """The sampler of the family."""
     from vgen import lean, registry
     from vgen.family import family, resolve
     from vgen.generate import generate
@@ -35,7 +37,7 @@ def vgen(folder: Path) -> Callable[[int | None], torch.Tensor]:
     return sample
 
 
-def diffusers(folder: Path) -> Callable[[int | None], torch.Tensor]:
+def diffusers(folder: Path) -> Sample:
     """The same with the pipeline, whose text is embedded before."""
     from diffusers import CogVideoXPipeline
 
@@ -70,18 +72,18 @@ def peak() -> int:
     return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
 
 
-def alone(side: str, folder: Path, out: str) -> dict[str, int]:
+def alone(side: Side, folder: Path, out: str) -> dict[str, int]:
     """One of the two in a process of its own."""
-    sample = SIDES[side](folder)
+    sample = side(folder)
     sample(2)
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
     torch.save(sample(None), out)
     return {"kib": peak()}
 
 
-def in_turn(folder: Path, pairs: int) -> list[dict[str, tuple[float, float]]]:
+def in_turn(sides: Mapping[str, Side], folder: Path, pairs: int) -> list[dict[str, tuple[float, float]]]:
     """Wall and CPU seconds of both, the one or the other first."""
-    both = {name: SIDES[name](folder) for name in ("diffusers", "vgen")}
+    both = {name: sides[name](folder) for name in ("diffusers", "vgen")}
     told = []
     for i in range(-1, pairs):
         seconds = {}
@@ -93,15 +95,12 @@ def in_turn(folder: Path, pairs: int) -> list[dict[str, tuple[float, float]]]:
     return told[1:]
 
 
-SIDES = {"vgen": vgen, "diffusers": diffusers}
-
-
-def main() -> None:
+def main(sides: Mapping[str, Side]) -> None:
     """Measure, print JSON."""
     what, folder, last = sys.argv[1:]
-    told = in_turn(Path(folder), int(last)) if what == "pairs" else alone(what, Path(folder), last)
+    told = in_turn(sides, Path(folder), int(last)) if what == "pairs" else alone(sides[what], Path(folder), last)
     print(json.dumps(told))
 
 
 if __name__ == "__main__":
-    main()
+    main({"vgen": vgen, "diffusers": diffusers})

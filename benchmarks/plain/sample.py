@@ -1,4 +1,4 @@
-"""Text to a clip with diffusers' own pipeline, as its documentation has it; PyAV writes the file.
+"""Text to a clip with diffusers' own pipeline, as its documentation has it.
 
 python plain/sample.py FOLDER PROMPT OUT.mp4|OUT_FOLDER --steps N --guidance X --fps X: a folder gets PNGs, to compare.
 """
@@ -8,9 +8,9 @@ import sys
 from fractions import Fraction
 from pathlib import Path
 
-import av
 import torch
 from diffusers import CogVideoXPipeline
+from frames import save
 
 
 def main() -> None:
@@ -34,23 +34,7 @@ def main() -> None:
         max_sequence_length=given.length,
         generator=torch.Generator().manual_seed(1),
     ).frames[0]
-    if given.out.suffix == ".mp4":
-        write(given.out, frames, Fraction(given.fps))
-        return
-    given.out.mkdir()
-    for i, frame in enumerate(frames):
-        frame.save(given.out / f"frame_{i:05d}.png")
-
-
-def write(path: Path, frames: list, fps: Fraction) -> None:
-    """PIL images to H.264."""
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("libx264", rate=fps, options={"crf": "18"})
-        stream.width, stream.height = frames[0].size
-        stream.pix_fmt = "yuv420p"
-        for frame in frames:
-            container.mux(stream.encode(av.VideoFrame.from_image(frame)))
-        container.mux(stream.encode())
+    save(given.out, frames, Fraction(given.fps))
 
 
 if __name__ == "__main__":
