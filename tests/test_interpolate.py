@@ -117,6 +117,13 @@ def test_a_factor_keeps_duration_and_every_time(tmp_path: Path, kind: str, fps: 
         assert made.duration == told.duration
 
 
+def test_a_gif_lasts_as_long_as_the_clip(tmp_path: Path) -> None:
+    clip = film(tmp_path / "a.mp4", 5)
+    made = probe(run(clip, tmp_path / "b.gif"))
+    assert len(made.pts) == 17
+    assert abs(made.duration - probe(clip).duration) <= Fraction(1, 40)
+
+
 @pytest.mark.parametrize("rate", ["60000/1001", "60", "23.976"])
 def test_any_rate_is_placed_by_time(tmp_path: Path, rate: str) -> None:
     clip = barcode.make(tmp_path / "a.mp4", 16, Fraction(12))
