@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from vgen import diffusion, samplers
 from vgen.errors import UsageError, VgenError
 from vgen.generate import generate, joined
-from vgen.plugins.svd import CHECKPOINTS, NOISE, Sample, check, draw, family, pictures
+from vgen.plugins.svd import CHECKPOINTS, NOISE, Sample, check, describe, draw, family, pictures
 from vgen.plugins.svd.grow import grown
 from vgen.plugins.svd.steering import steered
 from vgen.plugins.svd.told import turning, vector
@@ -166,6 +167,21 @@ def test_defaults_of_the_released_checkpoints():
     assert [by_tag[t].defaults["num_frames"] for t in ("img2vid", "img2vid-xt", "img2vid-xt-1-1")] == [14, 25, 25]
     assert by_tag["img2vid"].defaults["max_guidance_scale"] == 2.5
     assert NOISE["i2v"] == (1.0, 1.6)
+
+
+def test_a_folder_of_the_released_shape_is_sampled_as_the_release(tmp_path):
+    """Its configurations tell a square of 768; what was trained from a release has all that the release has."""
+    unet = {"num_frames": 25, "sample_size": 96, "in_channels": 8, "block_out_channels": [320, 640, 1280, 1280]}
+    unet |= {"projection_class_embeddings_input_dim": 768, "addition_time_embed_dim": 256}
+    for name, told in {"unet": unet, "vae": {"latent_channels": 4, "block_out_channels": [128, 256, 512, 512]}}.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps(told))
+    found, released = describe(tmp_path), CHECKPOINTS[1]
+    assert (found.defaults, found.rules, found.facts) == (released.defaults, released.rules, released.facts)
+    base = {"reference": f"{CHECKPOINTS[2].repo}@{'0' * 40}"}
+    (tmp_path / "vgen.json").write_text(json.dumps({"base": base}))
+    assert describe(tmp_path).defaults == CHECKPOINTS[2].defaults
+    assert released.defaults["fps"] != CHECKPOINTS[2].defaults["fps"]
 
 
 # --- EDM and guidance -----------------------------------------------------------------------------------------------
