@@ -17,10 +17,14 @@ from safetensors.torch import load_file
 from shell import environment
 from torch import Tensor
 
-from vgen import clips, diffusion
+from vgen import adapter_file, clips, diffusion
+from vgen.adapters import layers
 from vgen.errors import UsageError
 from vgen.finetune import batches, finetune
+from vgen.generate import generate
 from vgen.latents import scale
+from vgen.lora import merged, train_lora, use
+from vgen.lora_source import locate
 from vgen.plugins.cmd import family
 from vgen.plugins.cmd.autoencoder import Factoring
 from vgen.plugins.cmd.factored import FactoredAutoencoder
@@ -200,6 +204,49 @@ def test_classes_train_on_labels_of_a_manifest(tmp_path):
     assert run(folder, tmp_path / "o", "content", tmp_path / "d")["step"] == 2
     with pytest.raises(UsageError, match="no 'label'"):
         part.labels.of({}, torch.Generator())
+
+
+def adapted(folder: Path, output: Path, part: str, data: Path) -> Path:
+    options = cmd_tiny.asked(folder, "train-lora", **{**FAST, "part": part, "data": [str(data)]}, rank=2, output=output)
+    train_lora(family, cmd_tiny.model(folder), folder, options, tiny.CPU)
+    return output
+
+
+def test_adapters_of_content_and_motion(folder, data, tmp_path):
+    """Each changes its own network, both together, and merged; one of scale 0 nothing, to the bit."""
+    paths = {part: adapted(folder, tmp_path / part, part, data) for part in ("content", "motion")}
+
+    def sampled(*specs: str, base: Path = folder) -> dict[str, Tensor]:
+        model = cmd_tiny.model(base)
+        use(family, model, base, [locate(spec) for spec in specs])
+        return generate(model, cmd_tiny.asked(base, seed=7), tiny.ignore)
+
+    plain, moved = sampled(), sampled(f"{paths['motion']}")
+    assert torch.equal(plain["content"], moved["content"])
+    assert not torch.equal(plain["motion_x"], moved["motion_x"])
+    assert torch.equal(plain["motion_x"], sampled(f"{paths['motion']}:0")["motion_x"])
+    both = sampled(*map(str, paths.values()))
+    assert not torch.equal(plain["content"], both["content"])
+    sources = [locate(str(path)) for path in paths.values()]
+    merged(family, cmd_tiny.model(folder), folder, "c", sources, tmp_path / "one", torch.float32)
+    assert changed(folder, tmp_path / "one") == {"unet", "motion"}
+    again = sampled(base=tmp_path / "one")
+    assert all(torch.allclose(again[name], both[name], atol=1e-4) for name in both)
+
+
+def test_an_adapter_of_the_image_model_works_on_its_unet(folder, data, tmp_path):
+    path = adapted(folder, tmp_path / "look", "content", data)
+    file = path / "pytorch_lora_weights.safetensors"
+    told = adapter_file.about(file)
+    assert (told["family"], told["part"], told["network"]) == ("cmd", "unet", "UNet2DConditionModel")
+    pairs = adapter_file.read(file, "unet", layers(cmd_tiny.model(folder).networks.get("unet"))).pairs
+    for name, fits in (("sd", True), ("svd", False)):
+        adapter_file.write(tmp_path / name / file.name, "unet", pairs, {**told, "family": name})
+        if fits:
+            assert use(family, cmd_tiny.model(folder), folder, [locate(str(tmp_path / name))]) == []
+        else:
+            with pytest.raises(UsageError, match="is an adapter of 'svd'"):
+                use(family, cmd_tiny.model(folder), folder, [locate(str(tmp_path / name))])
 
 
 def test_a_trained_autoencoder_keeps_colours_whatever_moves():

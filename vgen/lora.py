@@ -130,7 +130,8 @@ def fits(source: Source, card: Family, base: Path, part: str) -> dict[str, Any]:
     Raises UsageError for one that was trained on another family, part or base.
     """
     told = adapter_file.about(source.path)
-    if told and (told.get("family"), told.get("part")) != (card.name, part):
+    ours = told.get("family") in (card.name, *card.starts_from)
+    if told and not (ours and told.get("part") == part):
         raise UsageError(
             f"{source.reference} is an adapter of '{told.get('family')}' ({told.get('part')}), not of '{card.name}'.",
             f"Run it with: vgen sample {told.get('family')} ... --lora {source.reference}",
@@ -149,11 +150,20 @@ def use(card: Family, model: Model, base: Path, loras: Iterable[Source]) -> list
 
     One of scale 0 is checked, and left out: the result then has the same bits as without it.
     """
-    (name,) = model.base
     sources = list(loras)
-    for source in sources:  # before the network loads
-        fits(source, card, base, name)
-    return put_on(_networks(card, model).get(name), sources, card, base, name)
+    for source in sources:  # before a network loads
+        fits(source, card, base, _of(source, model))
+    heard: list[str] = []
+    for name in model.base:
+        some = [source for source in sources if _of(source, model) == name]
+        heard += put_on(_networks(card, model).get(name), some, card, base, name) if some else []
+    return heard
+
+
+def _of(source: Source, model: Model) -> str:
+    """The denoiser that an adapter is for: the one that it names, or the first."""
+    told = str(adapter_file.about(source.path).get("part", ""))
+    return told if told in model.base else model.base[0]
 
 
 def put_on(network: nn.Module, sources: Sequence[Source], card: Family, base: Path, part: str) -> list[str]:
@@ -179,14 +189,15 @@ def merged(
     if output.is_dir() and any(output.iterdir()):
         raise UsageError(f"{output} is not empty.", "Choose another folder with -o.")
     heard = use(card, model, base, loras)
-    (name,) = model.base
-    network = _networks(card, model).get(name)
-    adapters.merge(network)
+    changed = {name: _networks(card, model).get(name) for name in map(partial(_of, model=model), loras)}
+    for network in changed.values():
+        adapters.merge(network)
+    name = next(iter(changed))
     of = {**lineage.base(base, reference), "hash": file_hash(base / name)}
     run = lineage.run("merge", card.name, {"lora": [one.spec for one in loras]}, adapters=_told(loras))
     manifest = {"format": "vgen-checkpoint/1", "family": card.name, "tag": output.name, "part": name}
     told = {**manifest, "base": of, "data": [], "run": run, "adapters": _told(loras)}
-    export(base, {name: network}, output, told, dtype)
+    export(base, changed, output, told, dtype)
     return heard
 
 
