@@ -96,7 +96,7 @@ def find(reference: str) -> tuple[Family, registry.Found]:
     if owner:
         card = family(owner)
         return card, registry.resolve(card, reference, accelerator=False)
-    cards = families()[0]
+    cards = [card for card in families()[0] if not card.weightless]
     for card in cards:
         if any(c.repo and reference.partition("@")[0] == c.repo for c in card.checkpoints):
             return card, registry.resolve(card, reference, accelerator=False)
