@@ -114,19 +114,19 @@ def survey(
     known, found, aside = _known(cache), [], []
     pieces = [piece for item in items for piece in cut(item, size[0], fps)]
 
-    def measured(item: Item) -> tuple[str, Found] | BadClip:
+    def measured(item: Item) -> tuple[str, Found] | str:
         try:
             seen = clips.look(item)
             told = f"{seen.sha256}/{'x'.join(map(str, size))}/{fps or 0:g}/{FORMAT}"
             return told, Found(item, seen.sha256, known.get(told) or _motion(item, size, fps, seen))
         except BadClip as error:
-            return error
+            return f"{item.name}: {error.reason}"
 
     workers = ThreadPoolExecutor(WORKERS)
     try:
         for i, outcome in enumerate(workers.map(measured, pieces)):
-            if isinstance(outcome, BadClip):
-                aside.append(str(outcome))
+            if isinstance(outcome, str):
+                aside.append(outcome)
             else:
                 told, one = outcome
                 if told not in known:
@@ -233,9 +233,10 @@ def _require(found: Sequence[Found], choice: Choice, word: str, synthesize: int,
     shown = ", ".join(f"{name} {count}" for name, count in others.items() if count) or "none"
     images = sum(one.item.kind == "image" for one in still)
     can = f"--synthesize {least - kept} (of {len(still) - images} still clips and {images} images), " if still else ""
+    fewer = f", or --min-clips {kept + synthesize}" if kept + synthesize else ""
     raise UsageError(
         f"{have}{f', {synthesize} more would be made' if synthesize else ''}; {least} are needed.",
-        f"{can}more --data, or --min-clips {max(kept + synthesize, 1)}. Motions found: {shown}.",
+        f"Ways out: {can}more --data{fewer}. Motions found: {shown}.",
     )
 
 
