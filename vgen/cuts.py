@@ -20,7 +20,7 @@ WIDTH = 256  # pixels across at which frames are compared
 THUMB = 32  # pixels across at which the pictures before and after a transition are compared
 DIFFERENT = 20.0  # mean change of H, S and V between those, 0 to 255, that makes them two
 AROUND = 2.0  # seconds to either side that a hit of a low threshold has to stand out from ...
-OUTSTANDING = 2.0  # ... by so many times their median change
+OUTSTANDING = 1.6  # ... by so many times their median change
 DARK = 12  # mean brightness (V), 0 to 255, below which a frame is black
 NEAR = 0.5  # seconds: hits that are closer are one transition, and the longest reach of one beyond its hits
 FADE = 0  # the level of a fade through black
@@ -114,7 +114,8 @@ class _Watch:
             hard = self.stride == 1 and first == last
             if self.number > 1 and _change(self.thumbs[first - 1], self.thumbs[last]) < DIFFERENT:
                 continue
-            found.append(_Span((first - 1) * self.stride + 1, last * self.stride, self.number, hard))
+            room = self.stride - 1  # a step more on either side: what changes less than a hit begins between looks
+            found.append(_Span((first - 1) * self.stride + 1 - room, last * self.stride + room, self.number, hard))
         return found
 
     def _around(self, hit: int, reach: int) -> float:
