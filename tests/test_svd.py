@@ -14,11 +14,11 @@ from diffusers import AutoencoderKLTemporalDecoder, StableVideoDiffusionPipeline
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
-from vgen import diffusion, samplers
+from vgen import clip_image, diffusion, samplers
 from vgen.errors import UsageError, VgenError
 from vgen.generate import generate, joined
-from vgen.plugins.svd import CHECKPOINTS, NOISE, Sample, check, describe, draw, family, pictures
-from vgen.plugins.svd.grow import grown
+from vgen.grow import grown
+from vgen.plugins.svd import CHECKPOINTS, NOISE, Sample, check, describe, draw, family
 from vgen.plugins.svd.steering import steered
 from vgen.plugins.svd.told import turning, vector
 
@@ -71,7 +71,7 @@ def test_the_picture_for_clip_is_that_of_the_pipeline():
 
     for size in ((576, 1024), (64, 64), (300, 200)):
         x = torch.rand(1, 3, *size, generator=torch.Generator().manual_seed(0)) * 2 - 1
-        assert torch.allclose(pictures.shrunk(x, 224), _resize_with_antialiasing(x, (224, 224)), atol=1e-5)
+        assert torch.allclose(clip_image.shrunk(x, 224), _resize_with_antialiasing(x, (224, 224)), atol=1e-5)
 
 
 def test_decoding_in_chunks_is_the_pipelines(folder, image):

@@ -69,8 +69,8 @@ class Convolution(nn.Module):
     def forward(self, before: Tensor, after: Tensor, clip: Clip) -> Tensor:
         """(B T, C, H, W) to the same."""
         x = after.unflatten(0, (-1, clip.frames)).transpose(1, 2)
-        made: Tensor = self.conv(x.flatten(3)).unflatten(3, x.shape[3:])
-        return made.transpose(1, 2).flatten(0, 1)
+        made: Tensor = self.conv(x.flatten(3).to(self.conv.weight.dtype)).unflatten(3, x.shape[3:])
+        return made.transpose(1, 2).flatten(0, 1).to(after.dtype)
 
 
 class Attention(nn.Module):
@@ -96,7 +96,7 @@ class Attention(nn.Module):
         tokens = before.unflatten(0, (-1, clip.frames)).permute(0, 3, 4, 1, 2)  # (B, H, W, T, C)
         rows = [self._again(some) for some in tokens.flatten(0, 2).split(AT_ONCE)]
         made = torch.cat(rows).unflatten(0, tokens.shape[:3])
-        return after + made.permute(0, 3, 4, 1, 2).flatten(0, 1)
+        return after + made.permute(0, 3, 4, 1, 2).flatten(0, 1).to(after.dtype)
 
     def _again(self, tokens: Tensor) -> Tensor:
         if not (self.gradient_checkpointing and torch.is_grad_enabled()):
@@ -107,7 +107,8 @@ class Attention(nn.Module):
     def along(self, tokens: Tensor) -> Tensor:
         """Tokens (N, T, C) of N places to what each gathers from the others of its place."""
         _, frames, channels = tokens.shape
-        x = self.norm(tokens) + waves(torch.arange(frames, device=tokens.device), channels).to(tokens)
+        x = self.norm(tokens.to(self.norm.weight.dtype))
+        x = x + waves(torch.arange(frames, device=x.device), channels).to(x)
         q, k, v = (
             layer(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for layer in (self.to_q, self.to_k, self.to_v)
         )

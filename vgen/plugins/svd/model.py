@@ -11,17 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vgen import convolution, diffusion, motion
+from vgen import clip_image, convolution, diffusion, motion
 from vgen.cache import read_json
 from vgen.errors import UsageError
 from vgen.family import Checkpoint
+from vgen.grow import grown
 from vgen.latents import Space, file_hash
 from vgen.machine import Machine
 from vgen.model import Chain, Draw
 from vgen.networks import Networks, prepare
 from vgen.pixels import Autoencoder
 from vgen.plugins.svd import NOISE, autoencoder, between, draw, image_checkpoint, pictures, told
-from vgen.plugins.svd.grow import grown
 from vgen.plugins.svd.unet import UNet
 from vgen.text import Texts
 
@@ -129,7 +129,7 @@ class StableVideoDiffusion:
         """CLIP's embedding (B, 1, D) of pictures (B, 3, H, W) in [-1, 1]."""
         encoder = self._image_encoder()
         with self.machine.holding(encoder), torch.no_grad():
-            return pictures.embedding(encoder, images.to(self.machine.device)).float()
+            return clip_image.embedding(encoder, images.to(self.machine.device)).float()
 
     def conditioning(self, images: Tensor) -> Tensor:
         """What the U-Net sees of pictures (B, 3, H, W) in [-1, 1]: unscaled latents (B, C, H', W')."""
