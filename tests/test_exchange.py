@@ -248,6 +248,23 @@ def test_corrupted_bytes_are_found_before_use_also_in_a_cache_filled_by_others(a
     assert not config.exists()
 
 
+@pytest.mark.parametrize("revision", ["", "@{}"])
+def test_a_false_hash_in_the_repositorys_own_vgen_json_is_told_and_nothing_is_fetched_again(ask, server, revision):
+    false = {"net/config.json": "sha256:" + "0" * 64, "net/net.safetensors": hashlib.sha256(tensors()).hexdigest()}
+    name = "bob/big" + revision.format(server.add("bob/big", files(files=false)))
+    bad = ask("pull", name)
+    assert (bad.code, bad.out, bad.err.count("Error")) == (1, "", 1)
+    assert "contradicts itself: net/config.json arrived whole, but vgen.json tells sha256:0000" in bad.err
+    assert "Fetching it again cannot mend it" in bad.err
+    server.asked.clear()
+    assert ask("pull", name).err == bad.err
+    assert not [one for one in server.asked if one.startswith("GET") and "resolve" in one]
+    told = ask("verify", name)
+    assert (told.code, "contradicts itself" in told.err) == (1, True), told.err
+    server.add("bob/big", files())
+    assert ask("pull", "bob/big").code == 0
+
+
 def test_a_branch_is_asked_for_anew_and_a_commit_stays(ask, server, tmp_path):
     first = server.add("bob/big", files(1))
     assert ask("pull", "bob/big", "--json").json()["revision"] == first

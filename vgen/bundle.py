@@ -64,7 +64,10 @@ def pack(folder: Path, tar: Path, repo: str, revisions: tuple[str, ...] = ("main
         sha = cache.hash_as(path, "sha256:")
         told = [value for value in (known.get(name), blobs.get(name)) if value]
         if any(value != (sha if value.startswith("sha256:") else cache.hash_as(path, value)) for value in told):
-            raise VgenError(f"{path} is damaged: its content is not what it should be.", "Fetch it again, then export.")
+            raise VgenError(
+                f"{path} is damaged: its content is not what it should be.",
+                "'vgen checkpoints verify' tells more, and whether fetching it again mends that.",
+            )
         blob = blobs.get(name) or sha
         files[name] = {"size": path.stat().st_size, "sha256": sha, "blob": blob.partition(":")[2]}
     made = hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()[:40]

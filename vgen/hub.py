@@ -130,15 +130,30 @@ def fetch(repo: str, revision: str = "main", subfolder: str = "") -> Path:
 
 
 def check(base: Path, what: str) -> None:
-    """Compare the files of a cached commit with their hashes, once. Damaged ones are deleted. Raises VgenError."""
+    """Compare the files of a cached commit with their hashes, once. Damaged ones are deleted. Raises VgenError.
+
+    A file that is as the Hub has it, but not as the repository's own vgen.json tells, stays: no download mends that.
+    """
     faults = cache.check(base)
-    for fault in faults:
+    damaged = [fault for fault in faults if fault.damaged]
+    for fault in damaged:
         _forget(base / fault.path)
-    for fault in faults:
+    for fault in damaged:
         raise VgenError(
             f"{what} arrived damaged: {fault.path}: {fault.reason}",
             f"That file was deleted. Fetch it again: vgen checkpoints pull {what}",
         )
+    for fault in faults:
+        raise contradiction(what, fault)
+
+
+def contradiction(what: str, fault: cache.Fault) -> VgenError:
+    """What to say of a repository whose vgen.json tells other hashes than its files have."""
+    return VgenError(
+        f"{what} contradicts itself: {fault.path} arrived whole, but {fault.reason}",
+        "Fetching it again cannot mend it. Take another revision, or ask its owner to push it again with"
+        " 'vgen checkpoints push', which writes the hashes.",
+    )
 
 
 def _forget(path: Path) -> None:

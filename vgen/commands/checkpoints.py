@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from vgen import cache, lineage, registry
+from vgen import cache, hub, lineage, registry
 from vgen.commands.families import Json, Quiet
 from vgen.commands.output import Out, mode
 from vgen.commands.pages import Group, noun, plain_app
@@ -191,6 +191,8 @@ def verify(reference: Reference, json: Json = False, quiet: Quiet = False) -> No
     out = Out(mode(json, quiet), silent=quiet)
     told = {"checkpoint": found.reference, "folder": str(found.folder), "compared": count}
     out.object({**told, "faults": [asdict(fault) for fault in faults]}, str(found.folder))
+    for fault in faults if not any(one.damaged for one in faults) else ():
+        raise hub.contradiction(found.reference, fault)
     if faults:
         listing = "; ".join(f"{fault.path}: {fault.reason}" for fault in faults)
         raise VgenError(f"{found.reference} is damaged: {listing}.", "Remove it and fetch it again.")
