@@ -74,24 +74,29 @@ def moves(frames: Tensor) -> bool:
 
 
 def motions(model, options, count: int, sheet: Path | None, folder: Path) -> None:
-    """Print how many clips keep their object, move, and move more in a high bucket than in a low one."""
+    """Print how many clips keep their object, move, and move more in a high bucket than in a low one.
+
+    Object and motion are those of clips in the bucket that the checkpoint takes when none is named.
+    """
+    usual = options.motion_bucket_id
     kept, rows = Counter(), []
     majority = Counter()
     for i, scene in enumerate(scenes(count, "plain", "held-out")):
-        low = sampled(model, options, scene, folder, seed=1000 + i, motion_bucket_id=LOW)
-        high = sampled(model, options, scene, folder, seed=1000 + i, motion_bucket_id=HIGH)
-        reading = read(pixels(high))
-        scores = [motion.score(list(clip.numpy()), options.fps) for clip in (low, high)]
+        low, clip, high = (
+            sampled(model, options, scene, folder, seed=1000 + i, motion_bucket_id=id) for id in (LOW, usual, HIGH)
+        )
+        reading = read(pixels(clip))
+        scores = [motion.score(list(one.numpy()), options.fps) for one in (low, high)]
         right = {
             "colour": reading.colour == scene.colour,
             "object": reading.object == scene.object,
-            "moves": moves(high),
+            "moves": moves(clip),
             "more in the high bucket": scores[1] > scores[0],
         }
         right["colour and object"] = right["colour"] and right["object"]
         kept.update(name for name, ok in right.items() if ok)
         majority[(scene.colour, scene.object)] += 1
-        rows += [low, high]
+        rows += [clip, high]
         wrong = ", ".join(name for name, ok in right.items() if not ok) or "ok"
         print(
             f"{i:3d} {scene.colour:7s} {scene.object:9s} motion {scores[0]:5.2f} {scores[1]:5.2f}  {wrong}", flush=True
