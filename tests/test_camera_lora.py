@@ -29,7 +29,10 @@ WEIGHTS = "pytorch_lora_weights.safetensors"
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return svd_tiny.checkpoint(tmp_path_factory.mktemp("base"))
+    """A checkpoint that is sampled in two steps."""
+    folder = svd_tiny.checkpoint(tmp_path_factory.mktemp("base"))
+    (folder / "vgen.json").write_text(json.dumps({"defaults": {"num_inference_steps": 2}}))
+    return folder
 
 
 @pytest.fixture(scope="module")
