@@ -169,7 +169,7 @@ def main() -> None:
     ask.add_argument("--threads", type=int)
     ask.add_argument("--interpolation", action="store_true")
     ask.add_argument("--camera", metavar="WORD")
-    ask.add_argument("--bucket", type=int, default=150, help="motion bucket of clips whose camera is measured")
+    ask.add_argument("--bucket", type=int, help="motion bucket of clips whose camera is measured")
     ask.add_argument("--lora", action="append", default=[], help="an adapter, PATH[:SCALE]")
     ask.add_argument("--sheet", type=Path, help="write the samples as one PNG")
     given = ask.parse_args()
@@ -186,7 +186,7 @@ def main() -> None:
         if given.interpolation:
             interpolation(model, given.count or 64, Path(folder))
         elif given.camera:
-            options.motion_bucket_id = given.bucket
+            options.motion_bucket_id = given.bucket or options.motion_bucket_id
             cameras(model, options, given.camera, given.count or 32, given.sheet, Path(folder))
         else:
             motions(model, options, given.count or 64, given.sheet, Path(folder))

@@ -37,6 +37,7 @@ TRIES = 4  # windows that are tried for each clip to be made
 QUALITY = 6  # of the clips that are made: the constant rate factor of H.264, near to lossless
 WORKERS = 4  # threads that read and measure clips
 PIECES = 8  # of a long clip, at most
+USUAL = 127  # the motion bucket that is sampled at when none is named
 SHOWN = 16  # clips on a contact sheet
 
 
@@ -282,8 +283,13 @@ def _moved(item: Item, word: str, size: Size, fps: float | None, seed: int) -> t
 
 
 def fill(model: Model, store: Store, items: Sequence[Item], size: Size, options: Any, on_step: OnStep) -> list[Encoded]:
-    """Bring a store to hold exactly these clips, encoding those that are not there; gives what became of each."""
+    """Bring a store to hold exactly these clips, encoding those that are not there; gives what became of each.
+
+    Families that are told a motion bucket are told the usual one, however fast a clip goes: the adapter brings the
+    motion also where nothing is asked.
+    """
     store.repair()
+    items = [replace(item, facts={**item.facts, "motion_bucket": USUAL}) for item in items]
     encode.embed_captions(model, store, items, on_step)
     results = list(encode.encode(model, store, items, [size], options, on_step))
     store.remove(set(store.keys()) - {one.key for one in results})
