@@ -19,11 +19,12 @@ from typing import Any
 
 import pytest
 import tiny
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker
 from shell import environment, vgen
 from tiny import ignore
 from trained import MANY, asked, log, run, same, state, stored
 
-from vgen import settings
+from vgen import logs, settings
 from vgen.dataset import Batches
 from vgen.errors import UsageError, VgenError
 from vgen.finetune import batches, finetune
@@ -221,6 +222,44 @@ def test_tensorboard_has_every_figure_once_also_after_a_resume(folder: Path, sto
     seen = [(event.step, event.value) for event in events.Scalars("loss")]
     assert seen == [(line["step"], pytest.approx(line["loss"])) for line in log(out) if "loss" in line]
     assert "eval_loss_band_3" in events.Tags()["scalars"]
+
+
+class Notebook(GeneralTracker):
+    """A tracker of accelerate's, with a file, and with something to say on stdout."""
+
+    name, requires_logging_directory = "notebook", False
+
+    def __init__(self, project: str, name: str, resume: str) -> None:
+        super().__init__()
+        self.lines = Path(name)
+
+    @property
+    def tracker(self) -> Path:
+        return self.lines
+
+    def store_init_configuration(self, values: dict[str, Any]) -> None:
+        print("hello")
+
+    def log(self, values: dict[str, Any], step: int | None = None, **more: Any) -> None:
+        with self.lines.open("a") as file:
+            file.write(json.dumps({"step": step, **values}) + "\n")
+
+
+def test_a_tracker_gets_no_line_twice_and_not_our_stdout(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(LOGGER_TYPE_TO_CLASS, "notebook", Notebook)
+    path, book = tmp_path / "log.jsonl", tmp_path / "book"
+    told = [{"step": i, "loss": i / 10} for i in (1, 2, 3)]
+    with logs.opened(path, 0, "notebook", str(book)) as written:
+        for line in told:  # and then it is killed; its state has seen one step
+            written.write(line)
+    again = [*told[1:], {"step": 3, "eval_loss": 0.5}, {"step": 4, "loss": 0.4}]
+    with logs.opened(path, 1, "notebook", str(book)) as written:
+        for line in again:
+            written.write(line)
+    assert logs.lines(book) == logs.lines(path) == [told[0], *again]
+    assert capsys.readouterr().out == ""
 
 
 # Data

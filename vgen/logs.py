@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import json
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import sys
+from collections.abc import Iterator, Mapping, Set
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -24,17 +25,21 @@ def require(tracker: str) -> None:
 
 @dataclass(frozen=True)
 class Log:
-    """Where figures go. Write with `write`, one mapping with a "step" at a time."""
+    """Where figures go. Write with `write`, one mapping with a "step" at a time.
+
+    `sent` are the steps, each with the names of its figures, that the tracker has from a run that was killed.
+    """
 
     file: TextIO
     path: Path
     tracker: Any = None
+    sent: Set[tuple[str, ...]] = frozenset()
 
     def write(self, figures: Mapping[str, Any]) -> None:
         """Log some figures of a step. Raises VgenError, for a full disk too."""
         with explained(f"write {self.path}"):
             self.file.write(json.dumps(figures) + "\n")
-        if self.tracker is not None:
+        if self.tracker is not None and _name(figures) not in self.sent:
             numbers = {name: value for name, value in figures.items() if isinstance(value, (int, float))}
             self.tracker.log(numbers, step=numbers.pop("step"))
 
@@ -48,16 +53,35 @@ class Log:
 def opened(
     path: Path, done: int, tracker: str = "none", run: str = "", settings: Mapping[str, Any] | None = None
 ) -> Iterator[Log]:
-    """The log at `path`, cut back to the `done` steps that the state has seen; trackers go on with the run `run`."""
+    """The log at `path`, cut back to the `done` steps that the state has seen; trackers go on with the run `run`.
+
+    A tracker gets no step twice: those that come again are not sent again, TensorBoard forgets them instead.
+    """
+    before = lines(path)
     with replacing(path) as kept:
-        kept.write("".join(json.dumps(line) + "\n" for line in lines(path) if line["step"] <= done).encode())
-    started = _tracker(tracker, path.parent, done, run, settings or {}) if tracker != "none" else None
-    try:
-        with path.open("a", encoding="utf-8", buffering=1) as file:  # by lines: people follow it
-            yield Log(file, path, started)
-    finally:
-        if started is not None:
-            started.finish()
+        kept.write("".join(json.dumps(line) + "\n" for line in before if line["step"] <= done).encode())
+    sent = {_name(line) for line in before if line["step"] > done and tracker != "tensorboard"}
+    with redirect_stdout(sys.stderr) if tracker != "none" else nullcontext():  # trackio prints, and stdout is not its
+        started = _tracker(tracker, path.parent, done, run, settings or {}) if tracker != "none" else None
+        try:
+            with path.open("a", encoding="utf-8", buffering=1) as file:  # by lines: people follow it
+                yield Log(file, path, started, sent)
+        finally:
+            if started is not None:
+                _finish(tracker, started)
+
+
+def _name(figures: Mapping[str, Any]) -> tuple[str, ...]:
+    """What tells a line of the log from the others: its step, and the names of its figures."""
+    return (str(figures["step"]), *sorted(figures))
+
+
+def _finish(name: str, tracker: Any) -> None:
+    """End a tracker's run."""
+    if name == "trackio":  # only its own function forgets the run, which would else end, and print, at exit again
+        importlib.import_module(name).finish()
+    else:
+        tracker.finish()
 
 
 def lines(path: Path) -> list[dict[str, Any]]:
