@@ -6,7 +6,9 @@ import json
 from pathlib import Path
 
 import pytest
+import yaml
 from diffusers import AutoencoderKL
+from test_exchange import tensors, written
 
 from vgen import publish
 from vgen.errors import VgenError
@@ -49,3 +51,24 @@ def test_old_names_of_attention_layers_are_read_as_diffusers_reads_them(tmp_path
     assert renamed.keys() != held.keys()
     save_file(renamed, path)
     publish._fits(tmp_path / "vae" / "config.json")
+
+
+def test_the_card_shows_the_last_samples_of_the_training_with_their_prompts(tmp_path: Path):
+    names = ["000002-0.mp4", "000010-1.mp4", "000010-0.mp4", "10-notes.txt"]
+    held = {"pytorch_lora_weights.safetensors": tensors(), **{f"validation/{name}": b"clip" for name in names}}
+    run = {"id": "1", "verb": "train-lora", "settings": {"validation_prompt": ['a "red" ball: rising', "a bear"]}}
+    told = {**TOLD, "base": {"reference": "demo"}, "run": run}
+    target = publish.Target("ann/look")
+    staged = publish.finish(written(tmp_path / "look", held), told, target, "text-to-video")
+    card = (staged.folder / "README.md").read_text()
+    header = yaml.safe_load(card.split("---")[1])
+    shown = [("validation/000010-0.mp4", 'a "red" ball: rising'), ("validation/000010-1.mp4", "a bear")]
+    assert header["widget"] == [{"text": text, "output": {"url": name}} for name, text in shown]
+    assert "<Gallery />" in card
+    assert "[a bear](validation/000010-1.mp4)" in card
+    assert "000002" not in card
+    assert {name for name, _ in shown} <= staged.files.keys()
+    plain = publish.finish(
+        written(tmp_path / "plain", {k: v for k, v in held.items() if "/" not in k}), told, target, ""
+    )
+    assert "Gallery" not in (plain.folder / "README.md").read_text()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from vgen import __version__
@@ -13,6 +13,7 @@ from vgen.lineage import tables
 
 PIPELINES = {"text": "text-to-video", "image": "image-to-video", "video": "video-to-video"}
 LIBRARIES = ("diffusers", "transformers")
+SAMPLE = re.compile(r"validation/(\d+)-(\d+)\.(mp4|png)")  # step and number of the prompt
 SETTINGS = ("part", "max_train_steps", "train_batch_size", "gradient_accumulation_steps", "learning_rate", "rank")
 
 
@@ -29,9 +30,20 @@ def pipeline(modes: Sequence[str], frames: object) -> str:
     return "text-to-image" if frames == 1 else PIPELINES.get(modes[0] if modes else "", "text-to-video")
 
 
-def card(repo: str, tag: str, manifest: Mapping[str, Any], kind: str, task: str, index: Mapping[str, Any]) -> str:
-    """README.md of a repository: header, a sample command, how the weights were trained, where they come from."""
-    base = _base(manifest)
+def card(
+    repo: str,
+    tag: str,
+    manifest: Mapping[str, Any],
+    kind: str,
+    task: str,
+    index: Mapping[str, Any],
+    names: Iterable[str] = (),
+) -> str:
+    """README.md of a repository: header, a sample command, how the weights were trained, where they come from.
+
+    The last samples of its training are shown, where they are among the `names` of its files.
+    """
+    base, shown = _base(manifest), samples(names, manifest)
     reference = f"{repo}@{tag}" if tag else repo
     title = repo.partition("/")[2]
     whole = "A checkpoint in diffusers' layout"
@@ -40,6 +52,7 @@ def card(repo: str, tag: str, manifest: Mapping[str, Any], kind: str, task: str,
         [
             "---",
             *_header(manifest, kind, task, base, index),
+            *_widget(shown),
             "---",
             "",
             f"# {title}",
@@ -53,6 +66,7 @@ def card(repo: str, tag: str, manifest: Mapping[str, Any], kind: str, task: str,
             "```",
             "",
             *(_loading(repo, manifest, base) if kind == "adapter" else []),
+            *_gallery(shown),
             *_camera(manifest),
             *_training(manifest),
             *_lineage(manifest, base),
@@ -69,6 +83,27 @@ def _header(manifest: Mapping[str, Any], kind: str, task: str, base: str, index:
         told |= {"base_model": base, "base_model_relation": "adapter" if kind == "adapter" else "finetune"}
     told |= license_fields(str(manifest["license"]), base)
     return [f"{key}: {json.dumps(value)}" for key, value in {**told, "tags": tags(manifest, kind)}.items()]
+
+
+def samples(names: Iterable[str], manifest: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Of a folder's files, by name, what a run sampled last while it trained; each with its prompt."""
+    found = [match for name in names if (match := SAMPLE.fullmatch(name))]
+    last = max((int(match[1]) for match in found), default=0)
+    run = manifest.get("run")
+    prompts = run.get("settings", {}).get("validation_prompt") or [] if isinstance(run, Mapping) else []
+    numbers = sorted((int(match[2]), match[0]) for match in found if int(match[1]) == last)
+    return [(name, str(prompts[i]) if i < len(prompts) else "") for i, name in numbers]
+
+
+def _widget(shown: Sequence[tuple[str, str]]) -> list[str]:
+    """What the Hub shows in place of <Gallery />."""
+    told = [{"text": prompt or "-", "output": {"url": name}} for name, prompt in shown]
+    return [f"widget: {json.dumps(told)}"] if told else []
+
+
+def _gallery(shown: Sequence[tuple[str, str]]) -> list[str]:
+    lines = [f"- [{prompt or name}]({name})" for name, prompt in shown]
+    return ["## Samples", "", "<Gallery />", "", *lines, ""] if lines else []
 
 
 def license_fields(license: str, base: str = "") -> dict[str, str]:

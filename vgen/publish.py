@@ -116,7 +116,7 @@ def finish(folder: Path, manifest: dict[str, Any], target: Target, task: str) ->
     wrote = not (folder / "README.md").exists()
     if wrote:
         index = cache.read_json(folder / "model_index.json")
-        text = modelcard.card(target.repo, target.tag, told, kind, task, index)
+        text = modelcard.card(target.repo, target.tag, told, kind, task, index, files)
         (folder / "README.md").write_text(text, encoding="utf-8")
     files |= {name: cache.hash_as(folder / name, "sha256:") for name in OURS}
     return Staged(folder, kind, told, files, wrote)
