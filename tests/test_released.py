@@ -11,6 +11,7 @@ import sentencepiece
 import tiny
 from safetensors.torch import load_file
 from shell import run, vgen
+from test_bundle import NO_NETWORK
 from transformers import T5EncoderModel
 
 REPO = "zai-org/CogVideoX-2b"
@@ -43,13 +44,12 @@ INDEX = {
     "transformer": ["diffusers", "CogVideoXTransformer3DModel"],
     "vae": ["diffusers", "AutoencoderKLCogVideoX"],
 }
-VERBS = """
-import sys
-from vgen import cli
-for line in sys.argv[2:]:
+VERBS = f"""
+{NO_NETWORK.replace("main()", "words = sys.argv[1:]")}
+for line in words:
     sys.argv[1:] = line.split("|")
     try:
-        cli.main()
+        main()
     except SystemExit as end:
         if end.code:
             raise
@@ -112,14 +112,19 @@ def test_pulled_sampled_encoded_trained_pushed_and_opened_by_diffusers(released,
         got = vgen("checkpoints", "pull", "cogvideox.2b", "--json", **here)
         assert got.code == 0, got.err
         assert got.json()["revision"] == commit
+        train = "cogvideox|--checkpoint|cogvideox.2b|--data|latents|--max-train-steps|1|--seed|3"
         small = "--checkpoint|cogvideox.2b|--num-frames|9|--height|32|--width|32|--seed|3"
         lines = [
             f"sample|cogvideox|a red ball rising|{small}|--num-inference-steps|2|-o|ball.mp4",
             f"encode|cogvideox|world:2|{small}|-o|latents",
-            "finetune|cogvideox|--checkpoint|cogvideox.2b|--data|latents|--max-train-steps|1|--seed|3|-o|tuned",
+            f"finetune|{train}|-o|tuned",
+            f"train-lora|{train}|--rank|2|--learning-rate|1e-2|-o|look",
+            f"sample|cogvideox|a red ball rising|{small}|--num-inference-steps|2|--lora|look:30|-o|look.mp4",
         ]
-        done = run([sys.executable, "-c", VERBS, "-", *lines], cwd=tmp_path, **{**here, "HF_HUB_OFFLINE": "1"})
+        done = run([sys.executable, "-c", VERBS, *lines], cwd=tmp_path, **here)  # no HF_HUB_OFFLINE, and no socket
         assert done.code == 0, done.err
+        assert json.loads((tmp_path / "look" / "vgen.json").read_text())["base"]["reference"] == f"{REPO}@{commit}"
+        assert (tmp_path / "ball.mp4").read_bytes() != (tmp_path / "look.mp4").read_bytes()
         assert f"{REPO}@{commit}" in (tmp_path / "ball.mp4.toml").read_text()
         told = json.loads((tmp_path / "tuned" / "vgen.json").read_text())
         assert told["base"]["reference"] == f"{REPO}@{commit}"
