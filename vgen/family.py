@@ -70,13 +70,15 @@ class Checkpoint:
 class PartCard:
     """A network of a family that can be trained by itself, and what it is trained on.
 
-    `options` are those that it reads and other parts do not, beside those of all parts on such data.
+    `options` are those that it reads and other parts do not, beside those of all parts on such data. One that learns no
+    `captions` takes clips without any.
     """
 
     name: str
     summary: str
     trains_on: Literal["latents", "pixels"] = "latents"
     options: tuple[str, ...] = ()
+    captions: bool = True
 
     @property
     def own(self) -> tuple[str, ...]:

@@ -180,7 +180,7 @@ def batches(card: Family, model: Model, options: Any) -> Data:
         options.seed,
         dropout=options.caption_dropout,
         texts=texts,
-        captioned=model.text_space is not None,
+        captioned=model.text_space is not None and card.part(options.part).captions,
         held=options.eval_share,
         held_size=options.train_batch_size,
     )

@@ -31,7 +31,8 @@ class Autoencoder:
 
     `encode(vae, pixels)` gives 'mean' and 'logvar' (B, C, T', H', W'), `decode(vae, latents)` pixels (B, 3, T, H, W);
     both with gradients. Where the encoder does not train, it does not compute its gradients, and the scale of the
-    latents stays as it is (`scaled` is False).
+    latents stays as it is (`scaled` is False). `flicker_weight` is that of the absolute error in what
+    changes from frame to frame.
     """
 
     name = "autoencoder"
@@ -45,9 +46,11 @@ class Autoencoder:
         l1_weight: float,
         kl_weight: float,
         scaled: bool = True,
+        flicker_weight: float = 0.0,
     ) -> None:
         self.vae, self.encode, self.decode = vae, encode, decode
         self.l1_weight, self.kl_weight, self.scaled = l1_weight, kl_weight, scaled
+        self.flicker_weight = flicker_weight
         self.modules: Mapping[str, nn.Module] = {"vae": vae}
         self.spread = Spread()
         self.state = {"spread": self.spread.seen}
@@ -61,7 +64,10 @@ class Autoencoder:
         error = self.decode(self.vae, mean + torch.exp(0.5 * logvar) * noise).float() - batch["pixels"]
         kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
         self.spread.note(mean)
-        return error.square().mean() + self.l1_weight * error.abs().mean() + self.kl_weight * kl
+        loss: Tensor = error.square().mean() + self.l1_weight * error.abs().mean() + self.kl_weight * kl
+        if self.flicker_weight:
+            loss = loss + self.flicker_weight * error.diff(dim=2).abs().sum() / error.numel()
+        return loss
 
     def settle(self) -> None:
         """Store the one factor that brings the latents to unit size, as measured over the last batches."""
