@@ -112,8 +112,9 @@ class Model(Protocol):
     `beside(pixels, record)` -> streams of one clip (3, T, H, W). One with figures to tell of a finished clip has
     `measure(options, frames)`, frames (T, H, W, 3) of 8 bits.
     One of which not every base part runs for all options has `start(options)` -> (streams that need not be made, names
-    of the denoisers that run). One that takes adapters has its networks in `networks` (networks.Networks), under the
-    names of its base parts.
+    of the denoisers that run). One that says what a clip takes has `cost(options)` -> cost.Cost, where it was loaded
+    for the meta device. One that takes adapters has its networks in `networks` (networks.Networks), under the names of
+    its base parts.
     """
 
     space: Space

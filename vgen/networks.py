@@ -26,6 +26,8 @@ MEND = "Fetch the checkpoint again, or train it first (--from-scratch)."
 class Networks:
     """The components of a folder, each in the subfolder of its name; at most one network of each is in memory.
 
+    On a machine of the meta device they are made of their configurations alone, without weights.
+
     `classes` names the class of each, as in {"vae": "diffusers:AutoencoderKL"}: a library is imported when a network
     of it is first used. With `spare`, files may hold weights that a network does not take.
     """
@@ -53,7 +55,8 @@ class Networks:
     def get(self, name: str) -> Any:
         """A network by its subfolder, without gradients, loaded on first use. Raises VgenError."""
         if name not in self.loaded:
-            make = self._random if name in self.from_scratch else self._pretrained
+            hollow = self.machine.device.type == "meta"
+            make = self._hollow if hollow else self._random if name in self.from_scratch else self._pretrained
             self.loaded[name] = make(name).eval().requires_grad_(False)
         return self.loaded[name]
 
@@ -94,6 +97,12 @@ class Networks:
             raise VgenError(f"The weights of '{name}' in {self.folder} do not fit its config.json: {wrong[0]}.", MEND)
         network: nn.Module = made
         return network
+
+    def _hollow(self, name: str) -> nn.Module:
+        """A network without weights, of which only sizes are asked."""
+        with torch.device("meta"):
+            made = self._random(name)
+        return made.to(device="meta", dtype=self.machine.dtype)  # some are made on the CPU all the same
 
     def _random(self, name: str) -> nn.Module:
         kind, config = self._class(name), dict(self.configs[name]) if name in self.configs else self.config(name)

@@ -80,7 +80,9 @@ def perform(verb: str, card: Family, given: dict[str, Any]) -> None:
     try:
         job = prepare(verb, card, given, house["config"], out, dry=bool(house["dry_run"]))
         options = job.options
-        code = show(job) if house["dry_run"] else act(job)
+        if house["cost"] and not house["dry_run"]:
+            raise UsageError("--cost is told by --dry-run.", "Give both, or neither.")
+        code = show(job, cost=bool(house["cost"])) if house["dry_run"] else act(job)
     except KeyboardInterrupt:
         complain("Interrupted.")
         raise typer.Exit(130) from None
@@ -207,13 +209,21 @@ def check_output(verb: str, options: RunOptions) -> None:
         raise VgenError(f"{path} cannot be written: no right to write to {there}.", "Choose another place with -o.")
 
 
-def show(job: Job) -> int:
-    """Print the plan of --dry-run: every option, and where its value came from."""
+def show(job: Job, *, cost: bool = False) -> int:
+    """Print the plan of --dry-run: every option, and where its value came from; what a clip takes if asked."""
     values = record.plain(job.options)
-    plan = {"verb": job.verb, "family": job.card.name, "checkpoint": job.checkpoint(), "options": values}
+    plan: dict[str, Any] = {"verb": job.verb, "family": job.card.name, "checkpoint": job.checkpoint()}
+    plan["options"] = values
     lines = [f"{job.verb} {job.card.name}" + _where(job.found)]
     wide, long = max(map(len, values), default=0), max((len(str(v)) for v in values.values()), default=0)
     lines += [f"  {n.ljust(wide)}  {str(v).ljust(min(long, 40))}  {job.origins[n]}" for n, v in values.items()]
+    if cost:
+        from vgen.commands.cost import bill
+        from vgen.cost import lines as lines_of
+
+        hush()
+        told = bill(job)
+        plan, lines = {**plan, "cost": told}, [*lines, *lines_of(told)]
     job.out.object({**plan, "from": job.origins}, "\n".join(lines))
     return 0
 

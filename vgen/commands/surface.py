@@ -23,6 +23,7 @@ Perform = Callable[[str, Family, dict[str, Any]], None]
 HOUSE: dict[str, tuple[Any, str, str]] = {  # flags of every verb: type, declaration, help
     "config": (Path, "--config", "Settings from FILE.toml; a run record is one."),
     "dry_run": (bool, "--dry-run", "Show what would run, and load nothing."),
+    "cost": (bool, "--cost", "With --dry-run: also count weights, multiplications and memory."),
     "json": (bool, "--json", "Answer in JSON, one object per line."),
     "quiet": (bool, "--quiet", "Only errors and the answer."),
 }

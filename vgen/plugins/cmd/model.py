@@ -12,13 +12,14 @@ import torch
 from torch import Tensor
 
 from vgen import diffusion, framewise
+from vgen.cost import Cost
 from vgen.errors import VgenError
 from vgen.family import Checkpoint
 from vgen.latents import Space, file_hash, scale, unscale
 from vgen.machine import Machine
 from vgen.model import Draw
 from vgen.networks import Networks, prepare
-from vgen.plugins.cmd import autoencoder, draw, sizes
+from vgen.plugins.cmd import autoencoder, cost, draw, sizes
 from vgen.plugins.cmd.autoencoder import Factoring
 from vgen.plugins.cmd.content import Content
 from vgen.plugins.cmd.labels import Labels
@@ -173,6 +174,10 @@ class CMD:
         """What a denoiser is asked for: `num_videos_per_prompt` clips, with seeds that count up from `seed`."""
         self.slicing, self.tiling = options.vae_slicing, options.vae_tiling
         return draw.content(self, options) if name == "unet" else draw.motion(self, options, streams)
+
+    def cost(self, options: Any) -> Cost:
+        """What a clip takes."""
+        return cost.cost(self, options)
 
     def _content(self, dropout: float) -> Content:
         told = self.networks.config("scheduler")

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from vgen import clips, convolution, diffusion, latents
+from vgen.cost import Cost
 from vgen.errors import UsageError
 from vgen.family import Checkpoint
 from vgen.latents import Space, file_hash, sample_posterior, scale
@@ -18,7 +19,7 @@ from vgen.machine import Machine
 from vgen.model import Draw
 from vgen.networks import Networks, prepare
 from vgen.pixels import Autoencoder
-from vgen.plugins.cogvideox import autoencoder, caching, draw
+from vgen.plugins.cogvideox import autoencoder, caching, cost, draw
 from vgen.plugins.cogvideox.attention import Products
 from vgen.plugins.cogvideox.pictures import Pictures
 from vgen.plugins.cogvideox.transformer import Transformer
@@ -138,11 +139,11 @@ class CogVideoX:
             uncond=uncond,
             guidance=draw.guidance_of(options, times),
             sampler=draw.sampler_of(options, draw.steps_noise(shape, generators, device)),
-            window=self._window(options, shape[1]),
+            window=self.window(options, shape[1]),
             skip=skip,
         )
 
-    def _window(self, options: Any, frames: int) -> tuple[int, int] | None:
+    def window(self, options: Any, frames: int) -> tuple[int, int] | None:
         """Size and stride, in frames of latents, of the windows that a clip of so many is denoised in; None for one."""
         if options.num_frames <= options.window:
             return None
@@ -195,6 +196,10 @@ class CogVideoX:
         """Scaled latents of the picture. CogVideoX1.5 was trained with the inverse factor for them."""
         inverse = self.networks.config("vae").get("invert_scale_latents")
         return z / self.space.scaling_factor if inverse else scale(self.space, z)
+
+    def cost(self, options: Any) -> Cost:
+        """What a clip takes."""
+        return cost.cost(self, options)
 
     def part(self, name: str, options: Any) -> Transformer | Autoencoder:
         """A part made ready for training by `options`; its weights take gradients, all others stay as they are."""

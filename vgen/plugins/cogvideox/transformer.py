@@ -45,7 +45,7 @@ class Transformer:
         network, config = self.network, self.network.config
         dtype = network.patch_embed.proj.weight.dtype  # network.dtype walks through all of it to find out
         given = given.transpose(1, 2).to(dtype)
-        self.timestep = int(t[0])
+        self.timestep = 0 if t.is_meta else int(t[0])
         ofs = given.new_full((1,), 2.0) if config.ofs_embed_dim else None
         # to enter it is to walk the whole network, and to import torch.compile's tracer: not for nothing
         with network.cache_context("cond_uncond") if network.is_cache_enabled else nullcontext():

@@ -11,12 +11,14 @@ import torch
 from torch import Tensor
 
 from vgen import diffusion, framewise, samplers
+from vgen.cost import Cost
 from vgen.family import Checkpoint
 from vgen.latents import Space, file_hash
 from vgen.machine import Machine
 from vgen.model import Draw, Sampler
 from vgen.networks import Networks, prepare
 from vgen.pixels import Autoencoder
+from vgen.plugins.sd import cost
 from vgen.plugins.sd.unet import UNet
 from vgen.text import Texts
 
@@ -129,6 +131,10 @@ class StableDiffusion:
             sampler = partial(samplers.ddim, eta=options.eta, noise=noise)
         times = self.process.times(options.num_inference_steps)
         return Draw(noise(), times, cond, uncond, float(options.guidance_scale), sampler)
+
+    def cost(self, options: Any) -> Cost:
+        """What an image takes."""
+        return cost.cost(self, options)
 
     def part(self, name: str, options: Any) -> UNet | Autoencoder:
         """A part made ready for training by `options`; its weights take gradients, all others stay as they are."""

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from vgen import clip_image, convolution, diffusion, motion
 from vgen.cache import read_json
+from vgen.cost import Cost
 from vgen.errors import UsageError
 from vgen.family import Checkpoint
 from vgen.grow import grown
@@ -21,7 +22,7 @@ from vgen.machine import Machine
 from vgen.model import Chain, Draw
 from vgen.networks import Networks, prepare
 from vgen.pixels import Autoencoder
-from vgen.plugins.svd import NOISE, autoencoder, between, draw, image_checkpoint, pictures, told
+from vgen.plugins.svd import NOISE, autoencoder, between, cost, draw, image_checkpoint, pictures, told
 from vgen.plugins.svd.unet import UNet
 from vgen.text import Texts
 
@@ -191,6 +192,10 @@ class StableVideoDiffusion:
             return drift
         card, found = image_checkpoint(options.image_checkpoint)
         return {"picture": f"{card.name} ({found.reference})", **drift}
+
+    def cost(self, options: Any) -> Cost:
+        """What a clip takes."""
+        return cost.cost(self, options)
 
     def part(self, name: str, options: Any) -> UNet | Autoencoder:
         """A part made ready for training by `options`; its weights take gradients, all others stay as they are."""
