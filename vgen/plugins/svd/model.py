@@ -23,7 +23,7 @@ from vgen.model import Chain, Draw
 from vgen.networks import Networks, prepare
 from vgen.pixels import Autoencoder
 from vgen.plugins.svd import NOISE, autoencoder, between, cost, draw, image_checkpoint, pictures, told
-from vgen.plugins.svd.unet import UNet
+from vgen.plugins.svd.unet import UNet, plain_products
 from vgen.text import Texts
 
 CLASSES = {
@@ -210,6 +210,8 @@ class StableVideoDiffusion:
         part.told = partial(told.OF[name], self)
         part.dropout = options.condition_dropout
         part.mask_weight, part.mask_steps = options.mask_weight, options.mask_steps
+        if self.machine.device.type == "cpu" and options.mixed_precision == "bf16":
+            plain_products(part.network)
         prepare(part.modules.values(), options)
         return part
 
