@@ -185,15 +185,14 @@ def test_the_network_between_sees_both_ends_and_where_they_are():
 
 
 def test_key_frames_to_a_smooth_clip_by_the_command_line(folder, tmp_path):
-    where = {"VGEN_FAMILIES": "magicvideo=vgen.plugins.magicvideo:family"}
     told = ("--checkpoint", folder, "--seed", "1")
-    done = vgen("sample", "magicvideo", "a red ball rising", *told, "-o", "k.safetensors", cwd=tmp_path, **where)
+    done = vgen("sample", "magicvideo", "a red ball rising", *told, "-o", "k.safetensors", cwd=tmp_path)
     assert (done.code, done.out) == (0, "k.safetensors\n"), done.err
     streams, record = latents.read(tmp_path / "k.safetensors")
     assert (streams.keys(), record["space"]["name"]) == ({"latents"}, "sd-vae")
-    done = vgen("decode", "magicvideo", "k.safetensors", "--checkpoint", folder, "-o", "k.mp4", cwd=tmp_path, **where)
+    done = vgen("decode", "magicvideo", "k.safetensors", "--checkpoint", folder, "-o", "k.mp4", cwd=tmp_path)
     assert done.code == 0, done.err
-    done = vgen("interpolate", "magicvideo", "k.mp4", *told, "-o", "smooth", cwd=tmp_path, **where)
+    done = vgen("interpolate", "magicvideo", "k.mp4", *told, "-o", "smooth", cwd=tmp_path)
     assert done.code == 0, done.err
     assert len(list((tmp_path / "smooth").glob("*.png"))) == 13
 
