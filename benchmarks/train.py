@@ -145,10 +145,15 @@ class Bench:
         ]
 
 
+def figure(value: float) -> str:
+    """Three figures, and all of those before the point."""
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+
+
 def line(name: str, ours: float, other: float, ratio: float, goal: str, met: bool | None) -> str:
     """A row of the table."""
     told = "" if met is None else "yes" if met else "no"
-    return f"| {name} | {ours:.3g} | {other:.3g} | **{ratio:.2f}** | {goal} | {told} |"
+    return f"| {name} | {figure(ours)} | {figure(other)} | **{ratio:.2f}** | {goal} | {told} |"
 
 
 def main() -> None:
