@@ -50,6 +50,9 @@ class _Half(nn.Module):
         self.blocks = nn.ModuleList(Block(width, heads, head_width) for _ in range(depth))
         self.patch_out = nn.ConvTranspose2d(width, channels, patch, stride=patch)
         self.gradient_checkpointing = False
+        assert self.patch_out.bias is not None
+        for weight in (self.patch_out.weight, self.patch_out.bias):  # a content frame is at first the mean of frames,
+            nn.init.zeros_(weight)  # and a decoded clip, which has no norm before it, does not begin too large
 
     def run(self, x: Tensor) -> Tensor:
         """Patches (B, T, H, W, width) through all blocks; each is told its time and its place."""
@@ -76,9 +79,6 @@ class Encoder(_Half):
         width = self.patch_in.out_channels
         self.mean_content = mean_content
         self.rows_out, self.columns_out = (nn.Linear(width, motion_channels) for _ in range(2))
-        nn.init.zeros_(self.patch_out.weight)  # the content frame is at first the mean of all frames
-        assert self.patch_out.bias is not None
-        nn.init.zeros_(self.patch_out.bias)
 
     def forward(self, clip: Tensor) -> Streams:
         """A clip (B, C, T, h, w) to content (B, C, 1, h, w) and motion (B, D, T, H, 1), (B, D, T, 1, W) in [-1, 1]."""
