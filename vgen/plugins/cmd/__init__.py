@@ -195,8 +195,14 @@ family = Family(
             'vgen sample cmd "a teddy bear skating" --content-image bear.png --motion-seed 7 -o skating.mp4',
             'vgen sample cmd "a teddy bear skating" --content-only -o bear.png',
         ),
-        "encode": ("vgen encode cmd clips/ --num-frames 16 --check -o latents/",),
-        "decode": ("vgen decode cmd latents.safetensors -o clip.mp4",),
+        "encode": (
+            "vgen encode cmd clips/ --num-frames 16 --check -o latents/",
+            "vgen encode cmd clips/ --captions captions.csv --height 512 --width 1024 -o latents/",
+        ),
+        "decode": (
+            "vgen decode cmd latents.safetensors -o clip.mp4",
+            "vgen decode cmd latents/ -o clips/clip.mp4",
+        ),
         "finetune": (
             "vgen finetune cmd --part autoencoder --data clips/ --checkpoint cmd.sd-1.5 -o first/",
             "vgen finetune cmd --part motion --data latents/ --checkpoint first/ -o second/",
