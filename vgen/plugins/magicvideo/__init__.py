@@ -211,8 +211,14 @@ family = Family(
             'vgen sample magicvideo "a teddy bear skating" --checkpoint tuned/ -o bear.mp4',
             'vgen sample magicvideo "a teddy bear skating" --checkpoint tuned/ --fps 2 -o keys.safetensors',
         ),
-        "encode": ("vgen encode magicvideo clips/ --num-frames 16 --fps 4 -o latents/",),
-        "decode": ("vgen decode magicvideo keys.safetensors --checkpoint tuned/ -o keys.mp4",),
+        "encode": (
+            "vgen encode magicvideo clips/ --num-frames 16 --fps 4 -o latents/",
+            "vgen encode magicvideo clips/ --captions captions.csv --num-frames 16 --check -o latents/",
+        ),
+        "decode": (
+            "vgen decode magicvideo keys.safetensors --checkpoint tuned/ -o keys.mp4",
+            "vgen decode magicvideo latents/ --checkpoint tuned/ -o clips/clip.mp4",
+        ),
         "finetune": (
             "vgen finetune magicvideo --data latents/ --checkpoint magicvideo.sd-1.5 -o tuned/",
             "vgen finetune magicvideo --part decoder --data clips/ --checkpoint tuned/ -o decoded/",

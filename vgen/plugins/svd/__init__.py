@@ -321,8 +321,14 @@ family = Family(
             "vgen sample svd photo.jpg -o clip.mp4",
             'vgen sample svd --prompt "a red ball on a dark background" --motion-bucket-id 180',
         ),
-        "encode": ("vgen encode svd clips/ --num-frames 14 --fps 7 -o latents/",),
-        "decode": ("vgen decode svd latents.safetensors -o clip.mp4",),
+        "encode": (
+            "vgen encode svd clips/ --num-frames 14 --fps 7 -o latents/",
+            "vgen encode svd manifest.jsonl --check -o latents/",
+        ),
+        "decode": (
+            "vgen decode svd latents.safetensors -o clip.mp4",
+            "vgen decode svd latents/ -o clips/clip.mp4",
+        ),
         "finetune": (
             "vgen finetune svd --data latents/ --max-train-steps 1000 -o tuned/",
             "vgen finetune svd --part decoder --data clips/ --num-frames 8 -o tuned/",
