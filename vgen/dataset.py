@@ -129,9 +129,7 @@ def ahead(make: Callable[[int], Batch], steps: range) -> Iterator[Batch]:
             yield ready
 
 
-def choose(
-    captions: Sequence[str], dropout: float, generator: torch.Generator, shares: Sequence[float] = ()
-) -> str:
+def choose(captions: Sequence[str], dropout: float, generator: torch.Generator, shares: Sequence[float] = ()) -> str:
     """One caption of a clip by a seeded draw; none, the empty text, with probability `dropout`.
 
     All captions are as likely unless `shares`, one for each, say otherwise.

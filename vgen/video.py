@@ -70,9 +70,7 @@ def read(
     return Clip(pixels, tuple(told.pts[i] for i in chosen), rate / every, _record(told, sha256, decoder, why))
 
 
-def frames(
-    path: Path | str, *, seen: Probe | None = None, start: int = 0, stop: int | None = None
-) -> Iterator[Tensor]:
+def frames(path: Path | str, *, seen: Probe | None = None, start: int = 0, stop: int | None = None) -> Iterator[Tensor]:
     """Frames (H, W, 3) of a video, number `start` to `stop` - 1, in order, one at a time, with the checks of `read`.
 
     Raises BadClip.

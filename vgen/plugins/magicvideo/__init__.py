@@ -223,7 +223,13 @@ family = Family(
             "vgen finetune magicvideo --data latents/ --checkpoint magicvideo.sd-1.5 -o tuned/",
             "vgen finetune magicvideo --part decoder --data clips/ --checkpoint tuned/ -o decoded/",
         ),
-        "train-lora": ("vgen train-lora magicvideo --data latents/ --checkpoint tuned/ -o look/",),
-        "interpolate": ("vgen interpolate magicvideo keys.mp4 --checkpoint tuned/ --factor 4 -o smooth.mp4",),
+        "train-lora": (
+            "vgen train-lora magicvideo --data latents/ --checkpoint tuned/ -o look/",
+            "vgen train-lora magicvideo --data latents/ --checkpoint tuned/ --rank 32 --export kohya -o look/",
+        ),
+        "interpolate": (
+            "vgen interpolate magicvideo keys.mp4 --checkpoint tuned/ --factor 4 -o smooth.mp4",
+            "vgen interpolate magicvideo keys.mp4 --checkpoint tuned/ --fps 60000/1001 --measure -o smooth.mp4",
+        ),
     },
 )
