@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vgen import world
+from vgen import clips, world
 from vgen.errors import UsageError
 from vgen.world_check import NONE, Reading, read, score
 from vgen.world_draw import BROWN
@@ -289,3 +289,13 @@ def test_hollow_clips_are_read_like_plain_ones():
     clips = shown(120, SEED, "hollow")
     shares = right([read(pixels) for pixels, _ in clips], [drawn for _, drawn in clips])
     assert min(shares.values()) >= 0.99, shares
+
+
+def test_a_clip_at_half_its_rate_shows_every_second_frame():
+    (item,) = clips.discover(["world-full:1:5"])
+    whole = clips.load(item, 15, 32, 32, fps=None).pixels
+    half = clips.load(item, 8, 32, 32, fps=4)
+    assert torch.equal(half.pixels, whole[:, ::2])
+    assert half.record["pts"][1] == "1/4"
+    double = clips.load(item, 15, 32, 32, fps=16).pixels
+    assert torch.equal(double[:, ::2], whole[:, :8])

@@ -317,15 +317,11 @@ def _load_world(
 ) -> Loaded:
     """A clip of the world, drawn at the size that is asked for, with the cover of its object as `mask` (T, H, W).
 
-    At a whole part of its own rate it shows every so many-th frame. Raises BadClip for other rates.
+    It is drawn anew for any rate: at half its own, a frame lasts twice as long.
     """
     rate = WORLD_FPS if fps is None else Fraction(fps).limit_denominator(100_000)
-    every = WORLD_FPS / rate
-    if every.denominator != 1:
-        raise BadClip(item.path, f"its {WORLD_FPS} frames a second cannot be read at {float(rate):g}")
-    drawn = (num_frames - 1) * every.numerator + 1
-    pixels, cover, _, _ = world.clip(one.seed, one.index, drawn, height, width, variety=one.variety)
-    pixels, cover = pixels[:, :: every.numerator], cover[:: every.numerator]
+    size, pace = (num_frames, height, width), float(WORLD_FPS / rate)
+    pixels, cover, _, _ = world.clip(one.seed, one.index, *size, variety=one.variety, pace=pace)
     source = {"uri": str(item.path), "sha256": seen.sha256, "bytes": 0, "container": "world", "codec": "world"}
     fit = {"orig_hw": [height, width], "resize_hw": [height, width], "crop_xyxy": [0, 0, width, height]}
     stamps = [str(k / rate) for k in range(num_frames)]

@@ -205,8 +205,12 @@ def _stride(scene: Scene, u: Tensor) -> Tensor:
     return (2 * math.pi * (SWAYS * u + scene.phase)).sin()
 
 
-def render(scene: Scene, num_frames: int = FRAMES, height: int = 64, width: int = 64) -> tuple[Tensor, Tensor]:
+def render(
+    scene: Scene, num_frames: int = FRAMES, height: int = 64, width: int = 64, *, pace: float = 1.0
+) -> tuple[Tensor, Tensor]:
     """Draw a scene: pixels (3, T, H, W) in [-1, 1] and how much the object covers them (T, H, W) in [0, 1].
+
+    At another `pace` a frame lasts that many times as long, as far as the whole motion allows.
 
     Raises UsageError for less than one frame or 32 pixels.
     """
@@ -216,7 +220,7 @@ def render(scene: Scene, num_frames: int = FRAMES, height: int = 64, width: int 
             "It takes at least one frame and 32 pixels a side.",
         )
     unit = min(height, width)
-    u = torch.arange(num_frames) / max(FRAMES - 1, num_frames - 1)
+    u = torch.arange(num_frames) / max((FRAMES - 1) / pace, num_frames - 1)
     px = ((torch.arange(width) + 0.5 - width / 2) / unit).view(1, 1, width)
     py = ((torch.arange(height) + 0.5 - height / 2) / unit).view(1, height, 1)
     at_x, at_y, size, turn = (v.view(-1, 1, 1) for v in path(scene, u))
@@ -278,10 +282,11 @@ def clip(
     *,
     variety: Variety = "plain",
     split: Split = "train",
+    pace: float = 1.0,
 ) -> tuple[Tensor, Tensor, str, Scene]:
     """The clip of that number: pixels and cover as of `render`, its caption, its scene."""
     drawn = scene(seed, index, variety=variety, split=split)
-    return *render(drawn, num_frames, height, width), caption(drawn, _template(seed, index)), drawn
+    return *render(drawn, num_frames, height, width, pace=pace), caption(drawn, _template(seed, index)), drawn
 
 
 def prompts(count: int, seed: int = 0, *, variety: Variety = "plain", split: Split = "held-out") -> list[Prompt]:
