@@ -8,7 +8,8 @@ from __future__ import annotations
 import importlib
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from functools import cache, partial
 from pathlib import Path
@@ -148,16 +149,34 @@ class Family:
         return fetch(self.load)
 
 
-@cache
-def _entries() -> dict[str, Any]:
-    """Names of the installed families and what loads each: entry points, then VGEN_FAMILIES="name=module:attr,..."."""
+def entries(group: str, variable: str) -> dict[str, Any]:
+    """Names of installed plug-ins and what loads each: entry points, then those of VARIABLE="name=module:attr,..."."""
     from importlib.metadata import entry_points  # 10 ms that the first page of help does without
 
-    found: dict[str, Any] = {point.name: point.load for point in entry_points(group=GROUP)}
-    for pair in filter(None, os.environ.get("VGEN_FAMILIES", "").split(",")):
+    found: dict[str, Any] = {point.name: point.load for point in entry_points(group=group)}
+    for pair in filter(None, os.environ.get(variable, "").split(",")):
         name, _, target = pair.partition("=")
         found[name.strip()] = partial(fetch, target.strip())
     return dict(sorted(found.items()))
+
+
+@contextmanager
+def blamed(what: str, do: str = "", *, passing: tuple[type[Exception], ...] = ()) -> Iterator[None]:
+    """Run a stranger's plug-in in here, which may fail in any way: that becomes a VgenError which begins with `what`.
+
+    Errors of the kinds `passing` are its own to tell.
+    """
+    try:
+        yield
+    except passing:
+        raise
+    except Exception as error:
+        raise VgenError(f"{what}: {type(error).__name__}: {error}", do) from error
+
+
+@cache
+def _entries() -> dict[str, Any]:
+    return entries(GROUP, "VGEN_FAMILIES")
 
 
 def installed() -> tuple[str, ...]:
@@ -168,17 +187,12 @@ def installed() -> tuple[str, ...]:
 @cache
 def family(name: str) -> Family:
     """The card of a family. Raises UsageError for an unknown name, VgenError for a plugin that does not import."""
-    entries = _entries()
-    if name not in entries:
-        raise UsageError(f"No family '{name}'.", did_you_mean(name, entries))
-    try:
-        card = entries[name]()
-    except Exception as error:  # a stranger's plugin may fail in any way
-        reason = f"{type(error).__name__}: {error}"
-        raise VgenError(
-            f"The plugin '{name}' could not be imported: {reason}",
-            "Mend or uninstall the package that provides it; the other families work without it.",
-        ) from error
+    found = _entries()
+    if name not in found:
+        raise UsageError(f"No family '{name}'.", did_you_mean(name, found))
+    do = "Mend or uninstall the package that provides it; the other families work without it."
+    with blamed(f"The plugin '{name}' could not be imported", do):
+        card = found[name]()
     if not isinstance(card, Family):
         raise VgenError(f"The plugin '{name}' gives a {type(card).__name__}, not a vgen.family.Family.")
     return card

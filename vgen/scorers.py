@@ -6,15 +6,14 @@ named with what they load: "clip-aesthetic=FOLDER". Nothing here imports what a 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import Any, Protocol
 
 from vgen.errors import UsageError, VgenError, did_you_mean
-from vgen.family import fetch
+from vgen.family import blamed, entries
 
 GROUP = "vgen.scorers"
 STANDIN = "builtin-standin"
@@ -90,14 +89,7 @@ class Chosen:
 
 @cache
 def _entries() -> dict[str, Any]:
-    """Names of the installed scorers and what loads each card; VGEN_SCORERS="name=module:attr,..." adds some."""
-    from importlib.metadata import entry_points
-
-    found: dict[str, Any] = {point.name: point.load for point in entry_points(group=GROUP)}
-    for pair in filter(None, os.environ.get("VGEN_SCORERS", "").split(",")):
-        name, _, target = pair.partition("=")
-        found[name.strip()] = partial(fetch, target.strip())
-    return dict(sorted(found.items()))
+    return entries(GROUP, "VGEN_SCORERS")
 
 
 def installed() -> tuple[str, ...]:
@@ -107,16 +99,12 @@ def installed() -> tuple[str, ...]:
 
 def card(name: str) -> Card:
     """The card of a scorer. Raises UsageError for an unknown name, VgenError for a plug-in that does not import."""
-    entries = _entries()
-    if name not in entries:
-        raise UsageError(f"No scorer '{name}'.", did_you_mean(name, entries))
-    try:
-        found = entries[name]()
-    except Exception as error:  # a stranger's plug-in may fail in any way
-        raise VgenError(
-            f"The scorer '{name}' could not be imported: {type(error).__name__}: {error}",
-            "Mend or uninstall the package that provides it; the other scorers work without it.",
-        ) from error
+    known = _entries()
+    if name not in known:
+        raise UsageError(f"No scorer '{name}'.", did_you_mean(name, known))
+    do = "Mend or uninstall the package that provides it; the other scorers work without it."
+    with blamed(f"The scorer '{name}' could not be imported", do):
+        found = known[name]()
     if not isinstance(found, Card):
         raise VgenError(f"The scorer '{name}' gives a {type(found).__name__}, not a vgen.scorers.Card.")
     return found
@@ -177,23 +165,15 @@ def _take(one: Chosen, chosen: list[Chosen], taken: dict[str, str]) -> None:
 
 def load(one: Chosen, device: str = "cpu") -> Scorer:
     """A scorer ready to run. Raises VgenError that names it."""
-    try:
+    do = f"Leave it out: --without {one.name}"
+    with blamed(f"The scorer '{one.name}' could not be loaded", do, passing=(VgenError,)):
         return one.card.load(one.reference, device)
-    except VgenError:
-        raise
-    except Exception as error:  # a stranger's plug-in may fail in any way
-        raise VgenError(
-            f"The scorer '{one.name}' could not be loaded: {type(error).__name__}: {error}",
-            f"Leave it out: --without {one.name}",
-        ) from error
 
 
 def score(one: Chosen, scorer: Scorer, view: View) -> dict[str, Any]:
     """The fields of a clip. Raises VgenError that names the scorer, whatever went wrong in it."""
-    try:
+    with blamed(f"the scorer '{one.name}' failed"):
         told = dict(scorer(view))
-    except Exception as error:  # a stranger's plug-in may fail in any way
-        raise VgenError(f"the scorer '{one.name}' failed: {type(error).__name__}: {error}") from error
     if set(told) != set(one.card.fields):
         raise VgenError(f"the scorer '{one.name}' writes {sorted(told)}, its card says {sorted(one.card.fields)}")
     return told
