@@ -187,7 +187,7 @@ def load(
         clip = _read_video(item, seen, told, num_frames, fps, whole)
         frames, record, aspect = clip.frames, clip.source, told.pixel_aspect
         pts, rate = list(clip.pts), clip.fps
-    pixels, fit = _cover(frames, height, width, aspect)
+    pixels, fit = cover(frames, height, width, aspect)
     return Loaded(pixels, {**_record(record, pts, rate), **fit}, {})
 
 
@@ -370,7 +370,9 @@ def _open_image(item: Item, seen: Seen) -> tuple[Tensor, dict[str, Any]]:
     return torch.from_numpy(picture.copy())[None], record
 
 
-def _cover(frames: Tensor, height: int, width: int, aspect: Fraction) -> tuple[Tensor, dict[str, list[int]]]:
+def cover(
+    frames: Tensor, height: int, width: int, aspect: Fraction = Fraction(1)
+) -> tuple[Tensor, dict[str, list[int]]]:
     """Frames (T, h, w, 3) uint8 to pixels (3, T, height, width) in [-1, 1], and how.
 
     Bicubic with an antialiasing filter, one frame at a time to save memory; `aspect` is width / height of a pixel.

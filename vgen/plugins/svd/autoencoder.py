@@ -10,11 +10,6 @@ from torch import Tensor
 from vgen import framewise
 
 
-def encode(vae: Any, pixels: Tensor) -> dict[str, Tensor]:
-    """Pixels (B, 3, T, H, W) in [-1, 1] to the posterior's mean and logvar (B, C, T, H', W'), unscaled."""
-    return framewise.encode(vae, pixels)
-
-
 def mode(vae: Any, pictures: Tensor) -> Tensor:
     """Pictures (B, 3, H, W) to the posterior's mode (B, C, H', W'), unscaled: what conditions the U-Net."""
     made: Tensor = vae.encode(pictures.to(vae.dtype)).latent_dist.mode()

@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vgen import clip_image, convolution, diffusion, motion
+from vgen import clip_image, convolution, diffusion, framewise, motion
 from vgen.cache import read_json
 from vgen.cost import Cost
 from vgen.errors import UsageError
 from vgen.family import Checkpoint
+from vgen.generate import to_frames
 from vgen.grow import grown
 from vgen.latents import Space, file_hash
 from vgen.machine import Machine
@@ -118,7 +119,7 @@ class StableVideoDiffusion:
         """
         vae, pixels = self.network("vae"), pixels.to(self.machine.device)
         with self.machine.holding(vae), torch.no_grad():
-            streams = autoencoder.encode(vae, pixels)
+            streams = framewise.encode(vae, pixels)
             drawn, streams["noise"] = pictures.noisy(pixels[:, :, 0])
             streams["conditioning"] = autoencoder.mode(vae, drawn.flatten(0, 1)).unflatten(0, drawn.shape[:2])
         if self._image_encoder() is not None:
@@ -144,7 +145,7 @@ class StableVideoDiffusion:
         The bucket is what a manifest says, or by the checkpoint's table of scores.
         """
         facts = record.get("facts", {})
-        score = float(facts.get("motion_score", motion.score(_bytes(pixels), Fraction(record["fps"]))))
+        score = float(facts.get("motion_score", motion.score(to_frames(pixels), Fraction(record["fps"]))))
         table = read_json(self.folder / "vgen.json").get("motion_table") or motion.default_table()
         bucket = int(facts.get("motion_bucket", motion.bucket(score, table)))
         known = {"fps": float(Fraction(record["fps"])), "motion": score, "bucket": float(bucket)}
@@ -255,15 +256,10 @@ class StableVideoDiffusion:
         vae = self.network("vae")
         kl = options.kl_weight if whole else 0.0
         part = Autoencoder(
-            vae, autoencoder.encode, autoencoder.decode, l1_weight=options.l1_weight, kl_weight=kl, scaled=whole
+            vae, framewise.encode, autoencoder.decode, l1_weight=options.l1_weight, kl_weight=kl, scaled=whole
         )
         prepare(part.modules.values(), options)
         if not whole:
             vae.encoder.requires_grad_(False)
             vae.quant_conv.requires_grad_(False)
         return part
-
-
-def _bytes(pixels: Tensor) -> Tensor:
-    """Pixels (3, T, H, W) in [-1, 1] to frames (T, H, W, 3) of 8 bits."""
-    return pixels.float().add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8).permute(1, 2, 3, 0).cpu()
