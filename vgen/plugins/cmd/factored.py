@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vgen import lean
-from vgen.plugins.cmd.layers import Attention, grid, through, waves
+from vgen.plugins.cmd.layers import Attention, grid, through
+from vgen.temporal import waves
 
 with lean.imports():
     from diffusers.configuration_utils import ConfigMixin, register_to_config

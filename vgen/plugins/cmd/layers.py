@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from vgen.temporal import waves
 
 
 class Attention(nn.Module):
@@ -34,14 +35,6 @@ def through(network: Any, x: Tensor, *told: Tensor) -> Tensor:
     for block in network.blocks:
         x = network._gradient_checkpointing_func(block, x, *told) if again else block(x, *told)
     return x
-
-
-def waves(places: Tensor, width: int, longest: float = 10000.0) -> Tensor:
-    """Cosines and sines (N, width) of numbers (N,), float32; the frequencies fall from 1 to 1 / `longest`."""
-    half = width // 2
-    rates = torch.exp(-math.log(longest) * torch.arange(half, dtype=torch.float32, device=places.device) / half)
-    angles = places.float()[:, None] * rates
-    return torch.cat([angles.cos(), angles.sin()], -1)
 
 
 def grid(rows: int, columns: int, width: int, device: torch.device | None = None) -> Tensor:

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from vgen import lean
-from vgen.plugins.cmd.layers import Attention, grid, through, waves
+from vgen.plugins.cmd.layers import Attention, grid, through
+from vgen.temporal import waves
 
 with lean.imports():
     from diffusers.configuration_utils import ConfigMixin, register_to_config
